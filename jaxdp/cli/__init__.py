@@ -1,0 +1,38 @@
+"""The command line: `jaxdp` and `python -m jaxdp`. Flags to one run; no logic of its own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+_EXAMPLES = """Differentially private training in JAX.
+
+Examples:
+  jaxdp train                                        handwritten digits at epsilon 3, under a minute on a CPU
+  jaxdp train --dataset mnist --data-dir data/mnist  MNIST from its IDX files
+  jaxdp train --no-privacy                           the same run without clipping and noise, to compare
+  jaxdp train --resume                               go on with the newest interrupted run
+  jaxdp account --num-examples 60000 --expected-batch-size 256 --num-steps 1000 --delta 1e-5 --target-epsilon 3
+"""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs one subcommand. Exits 2 with `error: ...` on bad input, 130 when interrupted."""
+    import tyro
+
+    from jaxdp.checkpointing import CheckpointError
+    from jaxdp.cli import account, train
+
+    commands = {"train": train.Train, "account": account.Account}
+    config = tyro.extras.subcommand_cli_from_dict(commands, prog="jaxdp", description=_EXAMPLES, args=args)
+    try:
+        if isinstance(config, train.Train):
+            train.run(config)
+        else:
+            account.run(config)
+    except (ValueError, TypeError, OSError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt as interrupt:
+        print(f"\ninterrupted{f': {interrupt}' if interrupt.args else ''}", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,388 @@
+"""`jaxdp train`: an image classifier under differential privacy, from data to report."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import io
+import math
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from dp_accounting import NeighboringRelation
+from tqdm.auto import tqdm
+
+import jaxdp
+from jaxdp import _validate
+from jaxdp.accounting import format_epsilon
+from jaxdp.checkpointing import Checkpointer
+from jaxdp.cli import run_folder
+from jaxdp.cli.curve import EpsilonCurve, curve_png
+from jaxdp.clipping import ClippingPolicy, automatic, flat, per_layer, quantile
+from jaxdp.datasets import ImageDataset, load_digits, load_mnist
+from jaxdp.mechanism import PrivacyPlan, plan
+from jaxdp.models import cnn_logits, init_cnn, init_mlp, mlp_logits
+from jaxdp.sampling import poisson_batches
+from jaxdp.training import TrainingState, make_dp_step
+
+Flag = tyro.conf.FlagCreatePairsOff
+
+
+@dataclasses.dataclass(frozen=True)
+class Defaults:
+    """Settings that were found good on a data set that is public anyway; with your own data, tuning costs privacy (S15)."""
+
+    model: Literal["mlp", "cnn"]
+    expected_batch_size: float
+    num_steps: int
+    l2_clip_norm: float
+    learning_rate: float
+    microbatch_size: int | None
+
+
+DEFAULTS = {
+    "digits": Defaults("mlp", 512, 200, 0.5, 2.0, None),
+    "mnist": Defaults("cnn", 1024, 1200, 1.0, 1.0, 64),
+}
+
+
+def _default(hint: str) -> Any:
+    return tyro.conf.arg(help_behavior_hint=f"(default: {hint})")
+
+
+def _default_of(name: str) -> Any:
+    return _default(
+        ", ".join(f"{getattr(values, name) or 'all'} for {dataset}" for dataset, values in DEFAULTS.items())
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Trains an image classifier with DP-SGD and reports its accuracy beside the epsilon it cost.
+
+    With no options: scikit-learn's bundled handwritten digits at epsilon 3 and delta 1e-5, under a minute on two cores.
+
+      jaxdp train
+      jaxdp train --target-epsilon 1 --clipping automatic
+      jaxdp train --dataset mnist --data-dir data/mnist --out runs/mnist-eps3
+      jaxdp train --resume --out runs/mnist-eps3
+    """
+
+    dataset: Literal["digits", "mnist"] = "digits"
+    """digits comes with scikit-learn; mnist reads its four IDX files from --data-dir."""
+    data_dir: Annotated[Path | None, _default("none")] = None
+    """Folder of the MNIST files, gzipped or not."""
+    model: Annotated[Literal["mlp", "cnn"] | None, _default_of("model")] = None
+    """mlp has one hidden layer; cnn takes 28 x 28 images."""
+
+    target_epsilon: Annotated[float | None, _default("3, unless --noise-multiplier is given")] = None
+    """The privacy goal."""
+    target_delta: float = 1e-5
+    """The delta of the goal; well below 1 / number of examples."""
+    noise_multiplier: Annotated[float | None, _default("calibrated to the goal")] = None
+    """Noise std over clip norm, instead of a goal."""
+    expected_batch_size: Annotated[float | None, _default_of("expected_batch_size")] = None
+    """Mean size of the Poisson batches."""
+    sampling_prob: Annotated[float | None, _default("from --expected-batch-size")] = None
+    """Probability of each example to enter a batch, instead of its mean size."""
+    num_steps: Annotated[int | None, _default_of("num_steps")] = None
+    """Number of steps."""
+    clipping: Literal["flat", "per-layer", "automatic", "quantile"] = "flat"
+    """How each per-example gradient is bounded."""
+    l2_clip_norm: Annotated[float | None, _default_of("l2_clip_norm")] = None
+    """Clip norm; the first one under quantile."""
+    noise_allocation: Literal["global", "equal_budget", "least_energy"] = "global"
+    """How per-layer clipping divides its noise."""
+    neighboring_relation: Literal["add-or-remove-one", "replace-one", "replace-special"] = "add-or-remove-one"
+    """Which data sets the guarantee makes hard to tell apart."""
+    padded_batch_size: Annotated[int | None, _default("chosen so that truncation costs nothing")] = None
+    """Rows of a padded batch; larger draws are truncated, and charged for."""
+    accountant: Literal["pld", "rdp"] = "pld"
+    """pld is tight; rdp is what older papers report."""
+    no_privacy: Flag[bool] = False
+    """The baseline: the same run without clipping and noise."""
+
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """Optimizer of the noisy mean gradient."""
+    learning_rate: Annotated[float | None, _default_of("learning_rate")] = None
+    """Learning rate of the optimizer."""
+    momentum: float = 0.0
+    """Momentum of sgd."""
+    init_seed: int = 0
+    """Seed of the initial parameters, which are public. Noise and sampling take theirs from the operating system."""
+
+    microbatch_size: Annotated[int | None, _default_of("microbatch_size")] = None
+    """Examples differentiated at once: bounds memory, changes nothing else."""
+    out: Annotated[Path | None, _default("runs/<dataset>, or runs/<dataset>-2 and so on")] = None
+    """Output folder. Its checkpoints hold the noise key: keep them secret."""
+    resume: Flag[bool] = False
+    """Go on with the run in --out, or with the newest interrupted one of this data set; other settings must be the same."""
+    checkpoint_every: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 100
+    """Steps between checkpoints."""
+
+
+def run(config: Train) -> None:
+    """Trains, evaluates and writes `report.json`, `curve.png`, `model.npz` and checkpoints to the run's folder.
+
+    Raises:
+        ValueError, TypeError, OSError, CheckpointError: bad input, before any step and with nothing overwritten.
+    """
+    _validate.positive_integer("checkpoint_every", config.checkpoint_every)
+    _validate.nonnegative_integer("init_seed", config.init_seed)
+    _optimizer(config), _model(config)  # complain before anything is written
+    dataset = _load(config)
+    the_plan = make_plan(config, len(dataset.train_labels))
+    settings = {**resolved(config), "data_sha256": dataset.fingerprint()}
+    if config.resume:
+        folder = run_folder.interrupted_run_folder(config.out, config.dataset)
+        run_folder.check_config(folder, settings)
+    else:
+        folder = run_folder.new_run_folder(config.out, config.dataset)
+        run_folder.write_config(folder, settings)
+    print(f"{len(dataset.train_labels)} training examples of {dataset.name}; writing to {folder}", flush=True)
+    with Checkpointer(folder / "checkpoints", the_plan) as checkpointer:
+        state, progress = _train(config, dataset, the_plan, checkpointer, folder)
+    accuracy = _test_accuracy(_model(config)[1], state.params, dataset)
+    report = _report(config, the_plan, state, dataset, accuracy, progress)
+    curve = EpsilonCurve(the_plan.replace(num_steps=state.step))
+    title = f"{dataset.name}: test accuracy {accuracy:.3f}"
+    run_folder.write_bytes(
+        folder / "curve.png", curve_png(progress.losses, curve, title=title, private=not config.no_privacy)
+    )
+    run_folder.write_bytes(folder / "model.npz", _npz(state.params))
+    run_folder.write_json(folder / "report.json", report)
+    print(f"test_accuracy {accuracy:.4f}")
+    if config.no_privacy:
+        print("epsilon infinite: this run is not private")
+    else:
+        print(
+            f"epsilon {format_epsilon(report['epsilon'])} at delta {report['delta']:g} "
+            f"({report['neighboring_relation']}, {report['accountant'].upper()} accountant)"
+        )
+    print(f"report: {folder / 'report.json'}   curve: {folder / 'curve.png'}   released model: {folder / 'model.npz'}")
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a run reports about itself, and a checkpoint carries on: not part of the guarantee.
+
+    Attributes:
+        losses: The mean training loss of each batch: not private (S15).
+        wall_seconds: Time spent in earlier processes of this run, and in the end in all of them.
+    """
+
+    losses: list[float]
+    wall_seconds: float
+
+
+def _train(
+    config: Train, dataset: ImageDataset, the_plan: PrivacyPlan, checkpointer: Checkpointer, folder: Path
+) -> tuple[TrainingState, Progress]:
+    start = time.perf_counter()
+    init_params, logits = _model(config)
+    scale = 1.0 / dataset.max_pixel
+
+    def loss_fn(params: Any, example: tuple[jax.Array, jax.Array]) -> jax.Array:
+        image, label = example
+        return optax.softmax_cross_entropy_with_integer_labels(logits(params, image.astype(jnp.float32) * scale), label)
+
+    init, step = make_dp_step(
+        loss_fn, _optimizer(config), the_plan, microbatch_size=resolved(config)["microbatch_size"]
+    )
+    state = init(init_params(jax.random.key(config.init_seed), dataset))
+    if checkpointer.latest_step() is not None:
+        state, extra = checkpointer.restore(state)
+        progress = Progress(extra["losses"], extra["wall_seconds"])
+        seed = np.random.SeedSequence(int(extra["sampling_entropy"]))
+        print(f"resumed after step {state.step} of {the_plan.num_steps}")
+    else:  # also a run that was killed before its first checkpoint: it has released nothing
+        seed, progress = np.random.SeedSequence(), Progress([], 0.0)
+
+    def save() -> None:
+        spent = progress.wall_seconds + time.perf_counter() - start
+        extra = {"sampling_entropy": str(seed.entropy), "losses": progress.losses, "wall_seconds": spent}
+        checkpointer.save(state, extra=extra)
+
+    if checkpointer.latest_step() is None:
+        save()  # the noise key is on disk before it noises anything: no crash can lead to a second key for the same steps
+    curve = EpsilonCurve(the_plan)
+    source = (dataset.train_images, dataset.train_labels)
+    batches = poisson_batches(source, the_plan, seed, start_step=state.step)
+    bar = tqdm(batches, total=the_plan.num_steps, initial=state.step, unit="step", disable=None)
+    pending: list[jax.Array] = []  # losses still on the device: reading each at once would wait for each step
+    try:
+        for batch, is_padding_example in bar:
+            state, info = step(state, batch, is_padding_example)
+            pending.append(info.not_private.mean_loss())
+            last = state.step == the_plan.num_steps
+            if last or state.step % config.checkpoint_every == 0 or len(pending) == 20:
+                progress.losses += [float(value) for value in pending]
+                pending.clear()
+                epsilon = "none" if config.no_privacy else f"<={format_epsilon(curve.at_most(state.step))}"
+                bar.set_postfix_str(f"loss {progress.losses[-1]:.3f} (not private), epsilon {epsilon}")
+            if last or state.step % config.checkpoint_every == 0:
+                save()
+    except KeyboardInterrupt:
+        progress.losses += [float(value) for value in pending]
+        save()
+        hint = (
+            f"saved step {state.step} of {the_plan.num_steps}; go on with the same options and --resume --out {folder}"
+        )
+        raise KeyboardInterrupt(hint) from None
+    finally:
+        bar.close()
+    progress.wall_seconds += time.perf_counter() - start
+    return state, progress
+
+
+def make_plan(config: Train, num_examples: int) -> PrivacyPlan:
+    """The plan that the options describe."""
+    settings = resolved(config)
+    goal: dict[str, Any] = {"noise_multiplier": 0.0} if config.no_privacy else {}
+    if config.no_privacy and (config.noise_multiplier is not None or config.target_epsilon is not None):
+        raise ValueError("--no-privacy contradicts --target-epsilon and --noise-multiplier; leave one out.")
+    if not config.no_privacy:
+        goal["noise_multiplier"] = config.noise_multiplier
+        goal["target_epsilon"] = (
+            3.0 if config.target_epsilon is None and config.noise_multiplier is None else config.target_epsilon
+        )
+    return plan(
+        num_examples=num_examples,
+        num_steps=settings["num_steps"],
+        expected_batch_size=settings["expected_batch_size"],
+        sampling_prob=config.sampling_prob,
+        clipping=_clipping(config, settings["l2_clip_norm"]),
+        target_delta=config.target_delta,
+        neighboring_relation=NeighboringRelation[config.neighboring_relation.replace("-", "_").upper()],
+        padded_batch_size=config.padded_batch_size,
+        accountant=config.accountant,
+        **goal,
+    )
+
+
+def resolved(config: Train) -> dict[str, Any]:
+    """Every setting that decides what a step computes, with its default filled in."""
+    settings = dataclasses.asdict(config)
+    for name in ("out", "resume", "checkpoint_every", "data_dir"):
+        del settings[name]
+    for name, value in dataclasses.asdict(DEFAULTS[config.dataset]).items():
+        if settings[name] is None and not (name == "expected_batch_size" and config.sampling_prob is not None):
+            settings[name] = value
+    return settings
+
+
+def _clipping(config: Train, l2_clip_norm: float) -> ClippingPolicy:
+    if config.no_privacy:
+        return flat(math.inf)
+    if config.clipping == "per-layer":
+        return per_layer(l2_clip_norm, noise_allocation=config.noise_allocation)
+    return {"flat": flat, "automatic": automatic, "quantile": quantile}[config.clipping](l2_clip_norm)
+
+
+def _optimizer(config: Train) -> optax.GradientTransformation:
+    learning_rate = _validate.positive("learning_rate", resolved(config)["learning_rate"])
+    if config.optimizer == "adam":
+        return optax.adam(learning_rate)
+    return optax.sgd(learning_rate, momentum=_validate.nonnegative("momentum", config.momentum) or None)
+
+
+def _load(config: Train) -> ImageDataset:
+    if config.dataset == "digits":
+        return load_digits()
+    if config.data_dir is None:
+        raise ValueError("--dataset mnist needs --data-dir, the folder that holds its four IDX files.")
+    return load_mnist(config.data_dir)
+
+
+def _model(config: Train) -> tuple[Any, Any]:
+    if resolved(config)["model"] == "cnn":
+        if config.dataset != "mnist":
+            raise ValueError("--model cnn takes 28 x 28 images; use --model mlp for digits.")
+        return lambda key, dataset: init_cnn(key, num_classes=dataset.num_classes), cnn_logits
+
+    def init(key: jax.Array, dataset: ImageDataset) -> Any:
+        num_pixels = math.prod(dataset.train_images.shape[1:])
+        return init_mlp(key, num_pixels=num_pixels, num_classes=dataset.num_classes)
+
+    return init, mlp_logits
+
+
+def _test_accuracy(logits: Any, params: Any, dataset: ImageDataset) -> float:
+    @jax.jit
+    def predict(params: Any, images: jax.Array) -> jax.Array:
+        return jnp.argmax(jax.vmap(logits, (None, 0))(params, images.astype(jnp.float32) / dataset.max_pixel), -1)
+
+    chunks = np.array_split(np.arange(len(dataset.test_labels)), -(-len(dataset.test_labels) // 1000))
+    predicted = np.concatenate([np.asarray(predict(params, dataset.test_images[chunk])) for chunk in chunks])
+    return float(np.mean(predicted == dataset.test_labels))
+
+
+def _report(
+    config: Train,
+    the_plan: PrivacyPlan,
+    state: TrainingState,
+    dataset: ImageDataset,
+    accuracy: float,
+    progress: Progress,
+) -> dict[str, Any]:
+    spent = state.ledger.epsilon(
+        delta=config.target_delta,
+        neighboring_relation=the_plan.neighboring_relation,
+        accountant=the_plan.accountant,
+    )
+    peak_host_bytes, meter = _peak_host_memory()
+    packages = ("jax", "jaxlib", "optax", "dp-accounting", "orbax-checkpoint", "numpy")
+    return {
+        "private": not config.no_privacy,
+        "epsilon": None if math.isinf(spent) else spent,
+        "delta": config.target_delta,
+        "neighboring_relation": the_plan.neighboring_relation.name,
+        "accountant": the_plan.accountant,
+        "sampler": "truncated Poisson",
+        "noise_multiplier": the_plan.noise_multiplier,
+        "clipping": str(the_plan.clipping),
+        "sampling_prob": the_plan.sampling_prob,
+        "padded_batch_size": the_plan.padded_batch_size,
+        "num_steps": state.step,
+        "num_examples": the_plan.num_examples,
+        "expected_batch_size": the_plan.expected_batch_size,
+        "statement": the_plan.describe(),
+        "dataset": dataset.name,
+        "settings": resolved(config),
+        "num_parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "test_accuracy": accuracy,
+        "num_test_examples": len(dataset.test_labels),
+        "final_training_loss_not_private": progress.losses[-1] if math.isfinite(progress.losses[-1]) else None,
+        "wall_seconds": progress.wall_seconds,
+        "peak_host_bytes": peak_host_bytes,
+        "peak_host_bytes_meter": meter,
+        "device": jax.devices()[0].device_kind,
+        "versions": {"python": platform.python_version(), "jaxdp": jaxdp.__version__}
+        | {name: importlib.metadata.version(name) for name in packages},
+        "command": " ".join(["jaxdp", *sys.argv[1:]]),
+    }
+
+
+def _peak_host_memory() -> tuple[int, str]:
+    """The peak resident set of this process in bytes, and the name of its meter."""
+    status = Path("/proc/self/status")
+    if status.exists():  # `ru_maxrss` would start at the peak of the parent process on Linux
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024, "VmHWM of the process"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "ru_maxrss of the process"
+
+
+def _npz(params: Any) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **{name: np.asarray(leaf) for name, leaf in _validate.named_leaves(params)})  # type: ignore[arg-type]
+    return buffer.getvalue()

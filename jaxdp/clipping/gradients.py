@@ -1,0 +1,221 @@
+"""`clipped_grad`: `jax.grad` for a loss of one example, summed over a batch after clipping each example."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from dp_accounting import NeighboringRelation
+
+from jaxdp import _validate
+from jaxdp._typing import Batch, LossFn, Params
+from jaxdp.clipping.aggregation import ClippedSum, clip_and_sum
+from jaxdp.clipping.policies import Automatic, ClippingPolicy, Flat, PerLayer, Quantile
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NotPrivate:
+    """Per-example values of one step. They are the data: look at them, and never publish them or feed them back (S15).
+
+    Rows of padding hold zeros.
+
+    Attributes:
+        loss: The loss of each example, `[B]`.
+        l2_norms: The gradient norm of each example in each clipping group before the clip, `[B, K]`.
+        contributed: Bool `[B]`: False for padding and for examples with a non-finite loss or gradient.
+        aux: What `fun` returned beside the loss with `has_aux=True`, stacked to `[B, ...]`; else None.
+    """
+
+    loss: jax.Array
+    l2_norms: jax.Array
+    contributed: jax.Array
+    aux: Any
+
+    def mean_loss(self) -> jax.Array:
+        """Mean loss of the examples that contributed; NaN if none did."""
+        total = jnp.sum(jnp.where(self.contributed, self.loss, 0.0))
+        return total / jnp.sum(self.contributed).astype(total.dtype)
+
+
+def check_policy(clipping: Any) -> ClippingPolicy:
+    if not isinstance(clipping, Flat | Automatic | PerLayer | Quantile):
+        raise TypeError(
+            f"clipping must be a clipping policy, got {clipping!r} of type {type(clipping).__name__}; use "
+            "jaxdp.flat(l2_clip_norm), jaxdp.per_layer(...), jaxdp.automatic() or jaxdp.quantile(...)."
+        )
+    return clipping
+
+
+@dataclasses.dataclass(frozen=True)
+class ClippedGrad:
+    """The function that `clipped_grad` returns; call it as `grad_fn(params, batch, is_padding_example=...)`."""
+
+    fun: LossFn
+    clipping: ClippingPolicy
+    has_aux: bool
+    microbatch_size: int | None
+
+    def __call__(
+        self,
+        params: Params,
+        batch: Batch,
+        *,
+        is_padding_example: Any = None,
+        clip_norms: Any = None,
+    ) -> tuple[Params, NotPrivate]:
+        """Returns the sum of the clipped per-example gradients, and the per-example values.
+
+        Args:
+            params: Pytree of floating-point arrays.
+            batch: Pytree of arrays `[B, ...]`: examples stacked along the first axis.
+            is_padding_example: Bool `[B]`, True for rows that are no example; None if every row is one.
+            clip_norms: `[K]`, the current clip norms of an adaptive policy; None for the policy's own.
+
+        Returns:
+            The sum, with the shapes of `params` in float32 or wider, un-noised and therefore private; and `NotPrivate`.
+        """
+        clipped, not_private = self.clipped_sum(
+            params, batch, is_padding_example=is_padding_example, clip_norms=clip_norms
+        )
+        return clipped.value, not_private
+
+    def sensitivity(self, relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE) -> float:
+        """L2 bound on the change of the sum when one record changes in the sense of `relation`, at the policy's clip norms.
+
+        C = sqrt(sum_k C_k^2) when a record is added, removed or zeroed out; 2C when it is replaced by another (S1).
+        """
+        return self.clipping.total_l2_clip_norm * (2.0 if relation == NeighboringRelation.REPLACE_ONE else 1.0)
+
+    def clipped_sum(
+        self, params: Params, batch: Batch, *, is_padding_example: Any = None, clip_norms: Any = None
+    ) -> tuple[ClippedSum, NotPrivate]:
+        """As `__call__`, with the clipped sum as the mechanism takes it."""
+        _validate.floating_params(params)
+        size = _validate.batch_axis(batch)
+        is_padding = _validate.padding_mask(is_padding_example, size)
+        groups = self.clipping.groups(params)
+        norms = self.clipping.clip_norms(groups) if clip_norms is None else clip_norms
+        norms = jnp.asarray(norms, jnp.float32)
+        if norms.shape != (len(groups.names),):
+            raise ValueError(
+                f"clip_norms must have shape ({len(groups.names)},), one for each group, got {norms.shape}."
+            )
+        self._check_fun(params, batch)
+
+        def on_rows(rows: Batch, rows_are_padding: jax.Array) -> tuple[ClippedSum, NotPrivate]:
+            (loss, aux), grads = jax.vmap(self._value_and_grad, in_axes=(None, 0))(params, rows)
+            counts = ~rows_are_padding & jnp.isfinite(loss)  # S9
+            clipped, l2_norms, contributed = clip_and_sum(grads, self.clipping, groups, norms, counts=counts)
+
+            def blank(x: jax.Array) -> jax.Array:
+                mask = rows_are_padding.reshape((-1,) + (1,) * (x.ndim - 1))
+                return jnp.where(mask, jnp.zeros_like(x), x)
+
+            return clipped, jax.tree.map(blank, NotPrivate(loss, l2_norms, contributed, aux))
+
+        if self.microbatch_size is None or self.microbatch_size >= size:
+            return on_rows(batch, is_padding)
+        return _scan_microbatches(on_rows, batch, is_padding, self.microbatch_size)
+
+    def _value_and_grad(self, params: Params, example: Any) -> Any:
+        if self.has_aux:
+            return jax.value_and_grad(self.fun, has_aux=True)(params, example)
+        loss, grads = jax.value_and_grad(self.fun)(params, example)
+        return (loss, None), grads
+
+    def _check_fun(self, params: Params, batch: Batch) -> None:
+        example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x)[1:], jnp.result_type(x)), batch)
+        out = jax.eval_shape(self.fun, params, example)
+        if self.has_aux:
+            if not isinstance(out, tuple) or len(out) != 2:
+                raise TypeError(f"with has_aux=True, fun must return (loss, aux); it returned {out}.")
+            out = out[0]
+        if not hasattr(out, "shape") or not hasattr(out, "dtype"):
+            hint = "" if self.has_aux else "; pass has_aux=True if it returns (loss, aux)"
+            raise TypeError(f"fun must return a scalar loss, it returned {out}{hint}.")
+        if out.shape != ():
+            raise ValueError(
+                f"fun must return the scalar loss of one example, it returned shape {out.shape}; it is called on one example, "
+                "without the batch axis: sum or average over the example's own axes."
+            )
+        if not jnp.issubdtype(out.dtype, jnp.floating):
+            raise TypeError(f"fun must return a floating-point loss, it returned dtype {out.dtype}.")
+
+
+def _scan_microbatches(on_rows: Any, batch: Batch, is_padding: jax.Array, microbatch_size: int) -> Any:
+    """Runs `on_rows` on `microbatch_size` rows at a time and adds the sums; the last microbatch is filled with padding."""
+    size = is_padding.shape[0]
+    count = -(-size // microbatch_size)
+    fill = count * microbatch_size - size
+
+    def split(x: Any, fill_value: Any) -> jax.Array:  # [B, ...] -> [count, microbatch_size, ...]
+        x = jnp.asarray(x)
+        if fill:
+            x = jnp.concatenate([x, jnp.full((fill, *x.shape[1:]), fill_value, x.dtype)])
+        return x.reshape(count, microbatch_size, *x.shape[1:])
+
+    def fill_like(x: Any) -> jax.Array:
+        x = jnp.asarray(x)
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):  # keys have no zero: repeat the first row, which is masked
+            x = jnp.concatenate([x, jnp.repeat(x[:1], fill, axis=0)])
+            return x.reshape(count, microbatch_size, *x.shape[1:])
+        return split(x, 0)
+
+    rows = jax.tree.map(fill_like, batch)
+    masks = split(is_padding, True)
+    shapes = jax.eval_shape(on_rows, jax.tree.map(lambda x: x[0], rows), masks[0])[0]
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def body(total: ClippedSum, xs: Any) -> tuple[ClippedSum, NotPrivate]:
+        clipped, not_private = on_rows(*xs)
+        return jax.tree.map(jnp.add, total, clipped), not_private
+
+    total, stacked = jax.lax.scan(body, zero, (rows, masks))
+    return total, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:size], stacked)
+
+
+def clipped_grad(
+    fun: LossFn,
+    *,
+    clipping: ClippingPolicy,
+    has_aux: bool = False,
+    microbatch_size: int | None = None,
+) -> ClippedGrad:
+    """Transforms the loss of one example into the sum of clipped per-example gradients over a batch.
+
+        S = sum_i c_i * grad fun(params, example_i),        c_i from the clipping policy
+
+    **Guarantee**: the sum changes by at most `sensitivity(relation)` in L2 norm when one record changes. It is not noised:
+    on its own it is private data, for `jaxdp.make_dp_step` or `jaxdp.privatize` to release. Padding rows, and examples
+    whose loss or gradient is not finite, contribute exactly zero. `fun` sees one example at a time, so no statistic can
+    couple two records (S3).
+
+    Args:
+        fun: `fun(params, example) -> scalar`, or `-> (scalar, aux)` with `has_aux=True`; `example` has no batch axis. For
+            dropout, let the example carry a key.
+        clipping: The clipping policy, such as `jaxdp.flat(1.0)`.
+        has_aux: As in `jax.grad`.
+        microbatch_size: Rows differentiated at once. It bounds memory at `microbatch_size` copies of the gradient and
+            changes nothing else.
+
+    Returns:
+        A `ClippedGrad`: `grad_fn(params, batch, is_padding_example=...) -> (sum, NotPrivate)`.
+
+    Source: DP-SGD, arXiv 1607.00133.
+
+    >>> import jax.numpy as jnp
+    >>> loss_fn = lambda w, x: 0.5 * jnp.sum((w - x) ** 2)
+    >>> grad_fn = clipped_grad(loss_fn, clipping=Flat(1.0))
+    >>> total, _ = grad_fn(jnp.zeros(2), jnp.array([[3.0, 4.0], [0.3, 0.0]]))
+    >>> print(total.round(3))
+    [-0.9 -0.8]
+    """
+    if not callable(fun):
+        raise TypeError(f"fun must be callable as fun(params, example), got {fun!r}.")
+    if microbatch_size is not None:
+        microbatch_size = _validate.positive_integer("microbatch_size", microbatch_size)
+    return ClippedGrad(fun, check_policy(clipping), bool(has_aux), microbatch_size)

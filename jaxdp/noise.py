@@ -1,0 +1,83 @@
+"""Clipped sum -> noised sum: secret keys, the division of noise between groups, and the Gaussian draw."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdp import _validate
+from jaxdp._typing import Key
+
+
+def secret_key() -> Key:
+    """Returns a noise key with fresh entropy from the operating system (S8).
+
+    Keep it secret: who knows the key can subtract the noise. Nothing logs it; a checkpoint that holds it is secret too.
+    The key has 64 bits (threefry2x32).
+    """
+    return jax.random.wrap_key_data(jnp.asarray(np.frombuffer(secrets.token_bytes(8), np.uint32)), impl="threefry2x32")
+
+
+def allocate_stddevs(
+    clip_norms: jax.Array, sizes: tuple[int, ...], *, noise_multiplier: float, allocation: str
+) -> jax.Array:
+    """Divides one Gaussian mechanism between K groups: the noise std s_k of each, on the scale of the sum (S5).
+
+    **Guarantee**: sum_k C_k^2 / s_k^2 = 1 / noise_multiplier^2, so the joint release of all groups is one Gaussian
+    mechanism of that noise multiplier.
+
+        global         s_k   = sigma * sqrt(sum_j C_j^2)
+        equal_budget   s_k   = sigma * sqrt(K) * C_k
+        least_energy   s_k^2 = sigma^2 * C_k / sqrt(d_k) * sum_j C_j sqrt(d_j)
+
+    Args:
+        clip_norms: C_k, `[K]`.
+        sizes: d_k, the number of parameters of each group.
+        noise_multiplier: sigma.
+        allocation: One of the names above.
+
+    Returns:
+        s_k, `[K]`; zeros for a noise multiplier of zero, whatever the clip norms.
+    """
+    if noise_multiplier == 0:
+        return jnp.zeros_like(clip_norms)
+    if allocation == "global":
+        return jnp.full_like(clip_norms, noise_multiplier * jnp.sqrt(jnp.sum(jnp.square(clip_norms))))
+    if allocation == "equal_budget":
+        return noise_multiplier * np.sqrt(len(sizes)).item() * clip_norms
+    if allocation == "least_energy":
+        root_sizes = jnp.sqrt(jnp.asarray(sizes, clip_norms.dtype))
+        return noise_multiplier * jnp.sqrt(clip_norms / root_sizes * jnp.sum(clip_norms * root_sizes))
+    raise ValueError(f"unknown noise allocation {allocation!r}.")
+
+
+def add_noise(clipped_sum: Any, stddevs: jax.Array, leaf_groups: tuple[int, ...], *, key: Key) -> Any:
+    """Adds one independent N(0, s_k^2) draw to every entry of every leaf of group k.
+
+    Noise is drawn and added in the dtype of the sum, float32 or wider. Each leaf has its own stream, keyed by its position
+    in the pytree, so the draw depends on the key alone: every replica that holds the key adds the same noise.
+
+    Args:
+        clipped_sum: Pytree of float32 or float64 arrays.
+        stddevs: s_k, `[K]`.
+        leaf_groups: The group index of each leaf.
+        key: Fresh for each sum; two different sums must never be noised with one key (S8).
+
+    Raises:
+        TypeError: a leaf is narrower than float32.
+    """
+    _validate.typed_key("key", key)
+    leaves, treedef = jax.tree.flatten(clipped_sum)
+    noised = []
+    for index, (leaf, group) in enumerate(zip(leaves, leaf_groups, strict=True)):
+        if leaf.dtype.itemsize < 4:
+            raise TypeError(
+                f"leaf {index} of the clipped sum has dtype {leaf.dtype}; add noise in float32 or wider, then cast."
+            )
+        draw = jax.random.normal(jax.random.fold_in(key, index), leaf.shape, leaf.dtype)
+        noised.append(leaf + stddevs[group].astype(leaf.dtype) * draw)
+    return treedef.unflatten(noised)

@@ -1,0 +1,141 @@
+"""DP-SGD: `init` and `step` over (state, batch), around any optax optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+
+from jaxdp import _validate
+from jaxdp._typing import Batch, Key, LossFn, Params
+from jaxdp.clipping import NotPrivate, clipped_grad
+from jaxdp.mechanism import Ledger, PrivacyPlan, check_batch, check_plan, privatize
+from jaxdp.noise import secret_key
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainingState:
+    """What a run carries from step to step. It holds the noise key, so it is secret: publish `params` only.
+
+    Attributes:
+        params: The model: released.
+        opt_state: The optimizer's state, computed from released values only.
+        clip_norms: The clip norm of each group, `[K]`.
+        noise_key: The secret noise key (S8). It never changes; noise is keyed by (key, step).
+        ledger: How many steps were released at which noise.
+    """
+
+    params: Params
+    opt_state: Any
+    clip_norms: jax.Array
+    noise_key: Key
+    ledger: Ledger
+
+    @property
+    def step(self) -> int:
+        """The number of steps released, and the index of the next one."""
+        return self.ledger.num_steps
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepInfo:
+    """What a step reports.
+
+    Attributes:
+        noise_stddevs: Noise std of each clipping group on the scale of the sum, `[K]`. Divide by
+            `plan.expected_batch_size` for the std in the mean that the optimizer saw.
+        clip_norms: The clip norms of this step, `[K]`.
+        not_private: Per-example losses, norms and auxiliaries. Not covered by the guarantee (S15).
+    """
+
+    noise_stddevs: jax.Array
+    clip_norms: jax.Array
+    not_private: NotPrivate
+
+
+InitFn = Callable[..., TrainingState]
+StepFn = Callable[..., tuple[TrainingState, StepInfo]]
+
+
+def make_dp_step(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    plan: PrivacyPlan,
+    *,
+    has_aux: bool = False,
+    microbatch_size: int | None = None,
+) -> tuple[InitFn, StepFn]:
+    """Makes the two functions of a DP-SGD run.
+
+        S = sum_i clip(grad loss_fn(params, example_i));   mean = (S + noise) / (q N);   params = tx(mean)
+
+    **Guarantee**: the sequence of parameters of `plan.num_steps` steps, on batches drawn by `jaxdp.poisson_batches` with
+    this plan, is (plan.epsilon(), delta)-differentially private. The optimizer sees the noised mean only, so it is
+    post-processing (S14). A step past `num_steps` is refused before it runs.
+
+    Args:
+        loss_fn: `loss_fn(params, example) -> scalar`, or `-> (scalar, aux)` with `has_aux=True`; one example, no batch axis.
+        tx: Any optax optimizer. It must not contain a privacy transformation of its own.
+        plan: The privacy numbers, from `jaxdp.plan`.
+        has_aux: As in `jax.grad`.
+        microbatch_size: Rows differentiated at once; bounds memory and changes nothing else.
+
+    Returns:
+        `init(params, *, noise_key=None) -> TrainingState` copies `params` and, by default, draws the noise key from the
+        operating system's entropy.
+
+        `step(state, batch, is_padding_example) -> (TrainingState, StepInfo)` is compiled once, whatever the realized batch
+        size, and donates the arrays of `state`: use the state it returns. It keeps the ledger on the host, so call it
+        directly rather than inside `jax.jit` or `lax.scan`.
+
+    Source: DP-SGD, arXiv 1607.00133.
+    """
+    grad_fn = clipped_grad(
+        loss_fn, clipping=check_plan(plan).clipping, has_aux=has_aux, microbatch_size=microbatch_size
+    )
+    if not isinstance(tx, optax.GradientTransformation):
+        raise TypeError(f"tx must be an optax.GradientTransformation, such as optax.adam(1e-3); got {tx!r}.")
+
+    def init(params: Params, *, noise_key: Key | None = None) -> TrainingState:
+        _validate.floating_params(params)
+        key = secret_key() if noise_key is None else _validate.typed_key("noise_key", noise_key)
+        params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)  # the step donates its input
+        clip_norms = jnp.asarray(plan.clipping.clip_norms(plan.clipping.groups(params)))
+        return TrainingState(params, tx.init(params), clip_norms, jax.random.clone(key), Ledger())
+
+    def released(
+        params: Params, opt_state: Any, clip_norms: jax.Array, key: Key, step: jax.Array, batch: Batch, mask: jax.Array
+    ) -> tuple[tuple[Params, Any, jax.Array, Key], StepInfo]:
+        clipped, not_private = grad_fn.clipped_sum(params, batch, is_padding_example=mask, clip_norms=clip_norms)
+        release = privatize(clipped, plan.clipping.groups(params), plan, clip_norms, key=key, step=step)
+        mean = jax.tree.map(lambda m, p: m.astype(p.dtype), release.mean, params)  # noise first, then cast (S21)
+        updates, opt_state = tx.update(mean, opt_state, params)
+        info = StepInfo(release.stddevs, release.clip_norms, not_private)
+        return (optax.apply_updates(params, updates), opt_state, release.next_clip_norms, key), info
+
+    compiled = jax.jit(released, donate_argnums=(0, 1, 2, 3))
+
+    def step(state: TrainingState, batch: Batch, is_padding_example: Any) -> tuple[TrainingState, StepInfo]:
+        if not isinstance(state, TrainingState):
+            raise TypeError(f"state must be the TrainingState of init or of the last step, got {type(state).__name__}.")
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(state.ledger)):
+            raise TypeError(
+                "step keeps the ledger on the host and is compiled already: call it outside jax.jit and lax.scan."
+            )
+        state.ledger.check_budget(plan)
+        mask = check_batch(plan, batch, is_padding_example)
+        arrays, info = compiled(
+            state.params, state.opt_state, state.clip_norms, state.noise_key, np.uint32(state.step), batch, mask
+        )
+        return TrainingState(*arrays, ledger=state.ledger.record(plan)), info
+
+    step.compiled = compiled  # type: ignore[attr-defined]
+    return init, step

@@ -1,0 +1,165 @@
+"""`jaxdp train` as a person runs it: in a process of its own, killed and resumed, with its files read back."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+SMALL = ["--num-steps", "60", "--expected-batch-size", "64", "--checkpoint-every", "10"]
+COMMAND = [sys.executable, "-W", "error::UserWarning", "-m", "jaxdp", "train"]
+
+
+def environment():
+    """A user's environment: nothing of the test's own configuration."""
+    root = str(pathlib.Path(__file__).parents[2])
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+    return kept | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
+
+
+def run(cwd, *args, check=True):
+    result = subprocess.run([*COMMAND, *args], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300)
+    if check:
+        assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+REPORT_KEYS = {
+    "epsilon", "delta", "neighboring_relation", "accountant", "noise_multiplier", "clipping", "sampling_prob", "num_steps",
+    "num_examples", "expected_batch_size", "test_accuracy", "wall_seconds", "peak_host_bytes", "versions", "command",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_with_no_arguments_it_trains_digits_at_epsilon_3(tmp_path):
+    """The first command of the README."""
+    start = time.perf_counter()
+    result = run(tmp_path)
+    print(f"took {time.perf_counter() - start:.0f} s")
+    folder = tmp_path / "runs" / "digits"
+    report = json.loads((folder / "report.json").read_text())
+    assert report.keys() >= REPORT_KEYS
+    assert 2.99 < report["epsilon"] <= 3.0
+    assert report["delta"] == 1e-5
+    assert report["test_accuracy"] >= 0.92
+    assert report["num_steps"] == 200
+    assert "test_accuracy 0.9" in result.stdout
+    assert "epsilon 3 at delta 1e-05 (ADD_OR_REMOVE_ONE, PLD accountant)" in result.stdout
+    assert "\r" not in result.stderr  # no progress bar without a terminal
+    assert (folder / "curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    model = np.load(folder / "model.npz")
+    assert sum(model[name].size for name in model.files) == report["num_parameters"]
+    # Nothing that is released holds the key.
+    key_words = b"noise_key"
+    assert not any(key_words in path.read_bytes() for path in folder.iterdir() if path.is_file())
+    assert oct((folder / "checkpoints").stat().st_mode)[-3:] == "700"
+    # A second run goes to a new folder, and the first is untouched.
+    before = (folder / "report.json").read_bytes()
+    run(tmp_path, *SMALL)
+    assert (tmp_path / "runs" / "digits-2" / "report.json").exists()
+    assert (folder / "report.json").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_parameters_bit_for_bit(tmp_path):
+    """SIGKILL at any moment. The uninterrupted twin starts from a copy of the first checkpoint, so it has the same keys."""
+    run_dir = tmp_path / "killed"
+    args = [*SMALL, "--num-steps", "1500", "--out"]
+    process = subprocess.Popen(
+        [*COMMAND, *args, str(run_dir)], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    deadline = time.time() + 120
+    while not (run_dir / "checkpoints" / "0" / "commit_success.txt").exists() and time.time() < deadline:
+        time.sleep(0.01)
+    twin = tmp_path / "twin"
+    subprocess.run(["cp", "-r", str(run_dir), str(twin)], check=True)
+    for folder in (twin / "checkpoints").iterdir():  # the twin starts from step 0 again
+        if folder.name != "0":
+            subprocess.run(["rm", "-r", str(folder)], check=True)
+    for _ in range(3):  # kill it three times, at moments of no particular kind
+        time.sleep(np.random.default_rng().uniform(0.3, 1.5))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        process = subprocess.Popen(
+            [*COMMAND, *args, str(run_dir), "--resume"],
+            cwd=tmp_path,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        newest = max((int(p.name) for p in (run_dir / "checkpoints").iterdir() if p.name.isdigit()), default=0)
+        deadline = time.time() + 120
+        while process.poll() is None and time.time() < deadline:
+            if any(p.name.isdigit() and int(p.name) > newest for p in (run_dir / "checkpoints").iterdir()):
+                break
+            time.sleep(0.01)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    assert "resumed after step" in out
+    run(tmp_path, *args, str(twin), "--resume")
+    ours, theirs = (np.load(folder / "model.npz") for folder in (run_dir, twin))
+    assert ours.files == theirs.files
+    for name in ours.files:
+        np.testing.assert_array_equal(ours[name], theirs[name])
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (run_dir, twin)]
+    for name in ("epsilon", "num_steps", "noise_multiplier", "final_training_loss_not_private"):
+        assert reports[0][name] == reports[1][name]
+    # And a complete run is not resumed.
+    again = run(tmp_path, *args, str(run_dir), "--resume", check=False)
+    assert again.returncode == 2
+    assert "is complete" in again.stderr
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path):
+    args = [*SMALL, "--num-steps", "20000", "--checkpoint-every", "50"]
+    process = subprocess.Popen(
+        [*COMMAND, *args], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.time() + 120
+    while not (tmp_path / "runs/digits/checkpoints/50/commit_success.txt").exists() and time.time() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume --out runs/digits" in err
+    steps = [int(p.name) for p in (tmp_path / "runs/digits/checkpoints").iterdir() if p.name.isdigit()]
+    assert max(steps) >= 50
+    assert f"saved step {max(steps)} of 20000" in err
+    other = run(tmp_path, *args, "--learning-rate", "0.1", "--resume", check=False)
+    assert other.returncode == 2
+    assert "learning_rate: 2.0 there, 0.1 here" in other.stderr
+
+
+@pytest.mark.slow
+def test_the_baseline_has_no_epsilon_and_every_policy_trains(tmp_path):
+    run(tmp_path, *SMALL, "--no-privacy", "--learning-rate", "0.3", "--out", "baseline")
+    report = json.loads((tmp_path / "baseline" / "report.json").read_text())
+    assert report["private"] is False
+    assert report["epsilon"] is None
+    assert report["test_accuracy"] > 0.9
+    for policy, more in (
+        ("per-layer", ["--noise-allocation", "least_energy"]),
+        ("automatic", ["--optimizer", "adam", "--learning-rate", "0.02"]),
+        ("quantile", ["--accountant", "rdp"]),
+        ("flat", ["--neighboring-relation", "replace-one", "--noise-multiplier", "4", "--microbatch-size", "20"]),
+    ):
+        run(tmp_path, *SMALL, "--clipping", policy, "--out", policy, *more)
+        report = json.loads((tmp_path / policy / "report.json").read_text())
+        assert report["test_accuracy"] > 0.5
+        assert report["epsilon"] <= 3.0 or policy == "flat"
+
+
+def test_help_shows_examples():
+    result = subprocess.run(
+        [sys.executable, "-m", "jaxdp", "--help"], env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert "jaxdp train --dataset mnist" in result.stdout
+    assert "account" in result.stdout

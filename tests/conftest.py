@@ -1,0 +1,69 @@
+"""Stricter than any user: no implicit promotion, warnings are errors (pyproject.toml), two CPU devices."""
+
+import os
+import pathlib
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import pytest
+
+jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+matplotlib.use("Agg")
+hypothesis.settings.register_profile("jaxdp", deadline=None, max_examples=50, derandomize=True)
+hypothesis.settings.load_profile("jaxdp")
+
+
+@pytest.fixture(scope="session")
+def jaxdp_data() -> pathlib.Path:
+    """The folder of real data sets; tests that need it skip without it."""
+    folder = os.environ.get("JAXDP_DATA")
+    if not folder:
+        pytest.skip("JAXDP_DATA is not set")
+    return pathlib.Path(folder)
+
+
+@pytest.fixture
+def standard_promotion():
+    """For tests through `optax.adam`, whose own arithmetic mixes dtypes."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    return jax.random.key(20201)
+
+
+@pytest.fixture
+def params() -> dict:
+    """Two layers and a scalar, of mixed shapes."""
+    rng = np.random.default_rng(0)
+    return {
+        "first": {"kernel": jnp.asarray(rng.normal(size=(3, 4)), jnp.float32), "bias": jnp.zeros(4)},
+        "second": {"kernel": jnp.asarray(rng.normal(size=(4, 2)), jnp.float32), "scale": jnp.float32(1.5)},
+    }
+
+
+@pytest.fixture
+def loss_fn():
+    """A smooth loss of one example `(x [3], y [2])`."""
+
+    def loss(params, example):
+        x, y = example
+        hidden = jnp.tanh(x @ params["first"]["kernel"] + params["first"]["bias"])
+        return jnp.sum(jnp.square(hidden @ params["second"]["kernel"] * params["second"]["scale"] - y))
+
+    return loss
+
+
+@pytest.fixture
+def batch():
+    """Eight examples for `loss_fn`."""
+    rng = np.random.default_rng(1)
+    return rng.normal(size=(8, 3)).astype(np.float32), rng.normal(size=(8, 2)).astype(np.float32)

@@ -1,0 +1,217 @@
+"""Epsilon against known numbers, and calibration against epsilon."""
+
+import math
+import time
+
+import dp_accounting
+import numpy as np
+import pytest
+from scipy import integrate, stats
+
+import jaxdp
+from jaxdp import NeighboringRelation, accounting
+from jaxdp.accounting import SampledGaussian
+
+ADD_REMOVE = NeighboringRelation.ADD_OR_REMOVE_ONE
+DELTA = 1e-5
+
+
+def epsilon(release, delta=DELTA, relation=ADD_REMOVE, accountant="pld"):
+    return accounting.epsilon([release], delta, neighboring_relation=relation, accountant=accountant)
+
+
+def plan_of(q, sigma, steps, num_examples=60_000, **kwargs):
+    """A plan without truncation, as the published tables assume."""
+    return jaxdp.plan(
+        num_examples=num_examples,
+        sampling_prob=q,
+        num_steps=steps,
+        clipping=jaxdp.flat(1.0),
+        noise_multiplier=sigma,
+        target_delta=DELTA,
+        padded_batch_size=num_examples,
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize(
+    ("sigma", "pld", "rdp"), [(0.5, 9.9973, None), (1, 4.3772, 4.7285), (2, 1.9931, 2.1657), (4, 0.9263, None)]
+)
+def test_one_gaussian_release(sigma, pld, rdp):
+    assert plan_of(1.0, sigma, 1).epsilon() == pytest.approx(pld, abs=2e-4)
+    if rdp is not None:
+        assert plan_of(1.0, sigma, 1, accountant="rdp").epsilon() == pytest.approx(rdp, abs=2e-4)
+
+
+@pytest.mark.parametrize(("sigma", "pld"), [(1, 9.9973), (2, 4.3772)])
+def test_replace_one_is_charged_for_twice_the_sensitivity(sigma, pld):
+    assert plan_of(1.0, sigma, 1, neighboring_relation=NeighboringRelation.REPLACE_ONE).epsilon() == pytest.approx(
+        pld, abs=2e-4
+    )
+
+
+TABLE = [  # q, sigma, steps, PLD, RDP: algorithms.md section 5
+    (0.01, 1, 1000, 1.8289, 2.1014),
+    (0.01, 2, 1000, 0.6238, 0.6862),
+    (0.02, 1, 500, 2.7737, 3.1443),
+    (256 / 60000, 1, 1000, 0.7290, 1.0979),
+    (1 / 16, 4.84, 10000, 5.9982, 6.4637),
+    (1 / 24, 2.769, 1000, 1.9991, 2.1796),
+    (1 / 24, 1.246, 1000, 6.0002, 6.5436),
+    (0.008, 1.097, 20000, 5.9911, 6.4728),
+    (0.008, 2.387, 20000, 1.9997, 2.1592),
+]
+
+
+@pytest.mark.parametrize(("q", "sigma", "steps", "pld", "rdp"), TABLE)
+def test_poisson_subsampled_gaussian(q, sigma, steps, pld, rdp):
+    assert plan_of(q, sigma, steps).epsilon() == pytest.approx(pld, abs=2e-4)
+    assert plan_of(q, sigma, steps, accountant="rdp").epsilon() == pytest.approx(rdp, abs=2e-4)
+
+
+def test_the_first_row_under_other_relations():
+    assert plan_of(0.01, 1, 1000, neighboring_relation=NeighboringRelation.REPLACE_ONE).epsilon() == pytest.approx(
+        2.844, abs=1e-3
+    )
+    special = NeighboringRelation.REPLACE_SPECIAL
+    assert plan_of(0.01, 1, 1000, neighboring_relation=special).epsilon() == pytest.approx(1.8289, abs=2e-4)
+    assert plan_of(0.01, 1, 1000, neighboring_relation=special, accountant="rdp").epsilon() == pytest.approx(
+        2.1014, abs=2e-4
+    )
+
+
+TRUNCATION = [  # N, q, steps, sigma, cap, epsilon: S10
+    (1000, 0.008, 20000, 1.097, 12, 13.40),
+    (1000, 0.008, 20000, 1.097, 16, 7.284),
+    (1000, 0.008, 20000, 1.097, 20, 6.052),
+    (1000, 0.008, 20000, 1.097, 24, 5.992),
+    (1000, 0.016, 20000, 1.872, 24, 7.454),
+    (1000, 0.016, 20000, 1.872, 28, 6.172),
+    (1000, 0.016, 20000, 1.872, 32, 6.009),
+    (1000, 0.016, 20000, 1.872, 40, 5.997),
+    (1000, 0.064, 10000, 4.84, 80, 7.310),
+    (1000, 0.064, 10000, 4.84, 96, 6.172),
+    (1000, 0.064, 10000, 4.84, 128, 6.168),
+    (60000, 256 / 60000, 1000, 1.0, 256, 6.061),
+    (60000, 256 / 60000, 1000, 1.0, 320, 0.770),
+    (60000, 256 / 60000, 1000, 1.0, 384, 0.729),
+]
+
+
+@pytest.mark.parametrize(("num_examples", "q", "steps", "sigma", "cap", "expected"), TRUNCATION)
+def test_truncation_is_charged_for(num_examples, q, steps, sigma, cap, expected):
+    assert epsilon(SampledGaussian(num_examples, q, cap, sigma, steps)) == pytest.approx(expected, rel=1e-3)
+
+
+CALIBRATION = [(0.5, 7.0318), (1, 3.7306), (2, 1.9938), (3, 1.3906), (4, 1.0812), (6, 0.7636), (8, 0.6002)]
+
+
+@pytest.mark.parametrize(("target", "sigma"), CALIBRATION)
+def test_calibration_of_one_release(target, sigma):
+    start = time.perf_counter()
+    plan = jaxdp.plan(
+        num_examples=100,
+        sampling_prob=1.0,
+        num_steps=1,
+        clipping=jaxdp.flat(1.0),
+        target_epsilon=target,
+        target_delta=DELTA,
+    )
+    print(f"calibrated in {time.perf_counter() - start:.2f} s")
+    assert plan.noise_multiplier == pytest.approx(sigma, rel=3e-4)
+    assert plan.epsilon() <= target
+
+
+@pytest.mark.parametrize(("q", "sigma", "steps", "pld", "rdp"), TABLE)
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+def test_calibration_inverts_epsilon(q, sigma, steps, pld, rdp, accountant):
+    """Asking for the published epsilon gives the published sigma, and never exceeds the target."""
+    target = pld if accountant == "pld" else rdp
+    plan = jaxdp.plan(
+        num_examples=60_000,
+        sampling_prob=q,
+        num_steps=steps,
+        clipping=jaxdp.flat(1.0),
+        target_epsilon=target,
+        target_delta=DELTA,
+        accountant=accountant,
+    )
+    assert plan.noise_multiplier == pytest.approx(sigma, rel=2e-3)
+    assert plan.epsilon() <= target
+
+
+def test_the_published_calibration():
+    kwargs = dict(num_examples=60_000, sampling_prob=0.01, num_steps=1000, clipping=jaxdp.flat(1.0))  # noqa: C408
+    goal = {"target_epsilon": 2.0, "target_delta": DELTA}
+    assert jaxdp.plan(**kwargs, **goal).noise_multiplier == pytest.approx(0.9592, abs=3e-4)
+    assert jaxdp.plan(**kwargs, **goal, accountant="rdp").noise_multiplier == pytest.approx(1.0223, abs=3e-4)
+
+
+@pytest.mark.parametrize(
+    ("q", "sigma", "delta"), [(0.3, 1.0, 1e-5), (0.01, 0.7, 1e-6), (1.0, 2.0, 1e-5), (0.9, 5.0, 1e-7)]
+)
+def test_one_step_against_direct_integration(q, sigma, delta):
+    """One subsampled step by the definition of delta(epsilon), integrated over the density, both directions."""
+    eps = epsilon(SampledGaussian(10**6, q, 10**6, sigma, 1), delta)
+
+    def hockey_stick(p, r, e):
+        grid = sigma * np.linspace(-12, 12, 400_001) + 0.5
+        return integrate.trapezoid(np.maximum(p(grid) - np.exp(e) * r(grid), 0), grid)
+
+    base = stats.norm(0, sigma).pdf
+    mixed = lambda x: (1 - q) * stats.norm(0, sigma).pdf(x) + q * stats.norm(1, sigma).pdf(x)  # noqa: E731
+    exact = max(hockey_stick(mixed, base, eps), hockey_stick(base, mixed, eps))
+    assert exact <= delta * (1 + 1e-6)
+    assert max(hockey_stick(mixed, base, eps - 2e-2), hockey_stick(base, mixed, eps - 2e-2)) > delta
+
+
+def test_the_default_padded_batch_size_is_what_the_overflow_allows():
+    for num_examples, q in [(60_000, 256 / 60_000), (1000, 0.008), (1437, 0.3563), (50, 0.5)]:
+        for accountant, allowed in (("pld", 1e-8), ("rdp", 1e-18)):
+            size = accounting.smallest_padded_batch_size(num_examples, q, accountant)
+            assert size <= num_examples
+            assert stats.binom.sf(size, num_examples, q) <= allowed
+            assert size % 8 == 0 or size == num_examples
+            assert size < 8 * q * num_examples + 64  # and not simply everything
+
+
+def test_rdp_charges_truncation_to_delta():
+    whole = SampledGaussian(1000, 0.064, 1000, 4.84, 1000)
+    unlikely, likely = whole._replace(padded_batch_size=160), whole._replace(padded_batch_size=96)
+    assert epsilon(unlikely, accountant="rdp") == pytest.approx(epsilon(whole, accountant="rdp"), rel=1e-9)
+    assert epsilon(likely, accountant="rdp") == math.inf  # overflow of 3e-5 in 1000 steps: above delta
+    middle = whole._replace(padded_batch_size=128)
+    assert epsilon(whole, accountant="rdp") < epsilon(middle, accountant="rdp") < math.inf
+
+
+def test_epsilon_of_several_releases_composes():
+    one = SampledGaussian(60_000, 0.01, 60_000, 1.0, 500)
+    both = accounting.epsilon([one, one], DELTA, neighboring_relation=ADD_REMOVE, accountant="pld")
+    assert both == pytest.approx(epsilon(one._replace(num_steps=1000)), abs=1e-3)
+    louder = one._replace(noise_multiplier=2.0)
+    mixed = accounting.epsilon([one, louder], DELTA, neighboring_relation=ADD_REMOVE, accountant="pld")
+    assert epsilon(one) < mixed < both
+
+
+def test_no_noise_is_infinite_and_no_step_is_free():
+    assert epsilon(SampledGaussian(100, 0.5, 100, 0.0, 1)) == math.inf
+    assert epsilon(SampledGaussian(100, 0.5, 100, 0.0, 0)) == 0.0
+    assert epsilon(SampledGaussian(100, 0.5, 100, 1.0, 0)) == 0.0
+
+
+def test_the_event_is_the_accountants():
+    plan = jaxdp.plan(
+        num_examples=1000, sampling_prob=0.01, num_steps=7, clipping=jaxdp.flat(1.0), noise_multiplier=1.5
+    )
+    event = plan.dp_event(5)
+    assert isinstance(event, dp_accounting.SelfComposedDpEvent)
+    assert event.count == 5
+    assert event.event == dp_accounting.TruncatedSubsampledGaussianDpEvent(1000, 0.01, plan.padded_batch_size, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(2.99996, "3"), (3.00001, "3.001"), (0.12341, "0.1235"), (math.inf, "inf"), (0.0, "0")]
+)
+def test_a_printed_epsilon_never_understates(value, text):
+    assert accounting.format_epsilon(value) == text
+    assert float(accounting.format_epsilon(value)) >= value

@@ -1,0 +1,152 @@
+"""Save, load, continue equals the uninterrupted run; what is broken or foreign is refused and nothing is lost."""
+
+import dataclasses
+import json
+import pathlib
+import stat
+
+import chex
+import jax
+import numpy as np
+import optax
+import pytest
+
+import jaxdp
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+def make_plan(**kwargs):
+    settings = {
+        "num_examples": 40,
+        "sampling_prob": 0.2,
+        "num_steps": 12,
+        "padded_batch_size": 16,
+        "noise_multiplier": 0.5,
+    }
+    return jaxdp.plan(clipping=jaxdp.quantile(0.3, count_stddev=2.0), **(settings | kwargs))
+
+
+@pytest.fixture
+def data():
+    rng = np.random.default_rng(5)
+    return rng.normal(size=(40, 3)).astype(np.float32), rng.normal(size=(40, 2)).astype(np.float32)
+
+
+def continue_run(state, step, plan, data, seed, until):
+    batches = jaxdp.poisson_batches(data, plan, seed, start_step=state.step)
+    for _, (batch, mask) in zip(range(until - state.step), batches, strict=False):
+        state, _ = step(state, batch, mask)
+    return state
+
+
+def test_save_load_continue_is_the_uninterrupted_run_bit_for_bit(tmp_path, params, loss_fn, data, key):
+    plan, seed = make_plan(), np.random.SeedSequence()
+    init, step = jaxdp.make_dp_step(loss_fn, optax.adam(0.05), plan)
+    whole = continue_run(init(params, noise_key=key), step, plan, data, seed, 12)
+
+    state = continue_run(init(params, noise_key=key), step, plan, data, seed, 5)
+    with jaxdp.Checkpointer(tmp_path / "run", plan) as checkpointer:
+        checkpointer.save(state, extra={"entropy": str(seed.entropy)})
+        state = continue_run(state, step, plan, data, seed, 9)  # steps that the crash forgets
+    with jaxdp.Checkpointer(tmp_path / "run", plan) as checkpointer:
+        assert checkpointer.latest_step() == 5
+        restored, extra = checkpointer.restore(init(params))
+    assert restored.step == 5
+    resumed = continue_run(restored, step, plan, data, np.random.SeedSequence(int(extra["entropy"])), 12)
+    chex.assert_trees_all_equal(
+        (resumed.params, resumed.opt_state, resumed.clip_norms), (whole.params, whole.opt_state, whole.clip_norms)
+    )
+    assert resumed.ledger == whole.ledger
+    np.testing.assert_array_equal(jax.random.key_data(resumed.noise_key), jax.random.key_data(key))
+
+
+def test_the_ledger_of_a_changed_plan_is_restored_exactly(tmp_path, params, loss_fn, key):
+    first, second = make_plan(), make_plan(noise_multiplier=0.7654321)
+    init, _ = jaxdp.make_dp_step(loss_fn, optax.sgd(0.1), second)
+    state = dataclasses.replace(init(params), ledger=jaxdp.Ledger().record(first, 3).record(second, 4))
+    with jaxdp.Checkpointer(tmp_path, second) as checkpointer:
+        checkpointer.save(state)
+        restored, _ = checkpointer.restore(init(params))
+    assert restored.ledger == state.ledger
+
+
+def test_the_folder_is_readable_by_its_owner_only(tmp_path):
+    with jaxdp.Checkpointer(tmp_path / "secret", make_plan()):
+        assert stat.S_IMODE((tmp_path / "secret").stat().st_mode) == 0o700
+
+
+def files_under(folder):
+    return {path: path.read_bytes() for path in pathlib.Path(folder).rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("change", ["noise_multiplier", "num_steps", "sampling_prob", "num_examples"])
+def test_a_checkpoint_of_another_plan_is_refused_by_name(change, tmp_path, params, loss_fn):
+    plan = make_plan()
+    init, _ = jaxdp.make_dp_step(loss_fn, optax.sgd(0.1), plan)
+    with jaxdp.Checkpointer(tmp_path, plan) as checkpointer:
+        checkpointer.save(init(params))
+    before = files_under(tmp_path)
+    other = make_plan(
+        **{change: {"noise_multiplier": 0.6, "num_steps": 13, "sampling_prob": 0.21, "num_examples": 41}[change]}
+    )
+    with (
+        jaxdp.Checkpointer(tmp_path, other) as checkpointer,
+        pytest.raises(jaxdp.CheckpointError, match=rf"another plan .*{change}"),
+    ):
+        checkpointer.restore(init(params))
+    assert files_under(tmp_path) == before
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, params, loss_fn):
+    plan = make_plan()
+    init, _ = jaxdp.make_dp_step(loss_fn, optax.sgd(0.1), plan)
+    with jaxdp.Checkpointer(tmp_path, plan) as checkpointer:
+        checkpointer.save(init(params))
+        wider = {**params, "first": {"kernel": np.zeros((3, 5), np.float32), "bias": np.zeros(5, np.float32)}}
+        with pytest.raises(jaxdp.CheckpointError, match=r"does not fit.*first/kernel"):
+            checkpointer.restore(init(wider))
+        adam_init, _ = jaxdp.make_dp_step(loss_fn, optax.adam(0.1), plan)
+        with pytest.raises(jaxdp.CheckpointError, match="does not fit"):
+            checkpointer.restore(adam_init(params))
+
+
+def test_a_half_written_checkpoint_is_never_loaded(tmp_path, params, loss_fn, data, key):
+    """Whatever subset of a newer checkpoint's files reached the disk under its temporary name, the older one is loaded."""
+    plan, seed = make_plan(), np.random.SeedSequence(1)
+    init, step = jaxdp.make_dp_step(loss_fn, optax.adam(0.05), plan)
+    state = init(params, noise_key=key)
+    with jaxdp.Checkpointer(tmp_path, plan) as checkpointer:
+        checkpointer.save(state)
+        state = continue_run(state, step, plan, data, seed, 3)
+        checkpointer.save(state)
+    (tmp_path / "3").rename(tmp_path / "3.orbax-checkpoint-tmp")
+    with jaxdp.Checkpointer(tmp_path, plan) as checkpointer:
+        assert checkpointer.latest_step() == 0
+        restored, _ = checkpointer.restore(init(params))
+    assert restored.step == 0
+
+
+def test_a_damaged_checkpoint_is_a_clear_error(tmp_path, params, loss_fn):
+    plan = make_plan()
+    init, _ = jaxdp.make_dp_step(loss_fn, optax.sgd(0.1), plan)
+    with jaxdp.Checkpointer(tmp_path, plan) as checkpointer:
+        checkpointer.save(init(params))
+    metadata = tmp_path / "0" / "metadata" / "metadata"
+    metadata.write_text("{")
+    with jaxdp.Checkpointer(tmp_path, plan) as checkpointer, pytest.raises(jaxdp.CheckpointError, match="cannot read"):
+        checkpointer.restore(init(params))
+    metadata.write_text(json.dumps({"format": 99}))
+    with (
+        jaxdp.Checkpointer(tmp_path, plan) as checkpointer,
+        pytest.raises(jaxdp.CheckpointError, match="another format"),
+    ):
+        checkpointer.restore(init(params))
+
+
+def test_an_empty_folder_has_nothing_to_restore(tmp_path, params, loss_fn):
+    init, _ = jaxdp.make_dp_step(loss_fn, optax.sgd(0.1), make_plan())
+    with jaxdp.Checkpointer(tmp_path, make_plan()) as checkpointer:
+        assert checkpointer.latest_step() is None
+        with pytest.raises(jaxdp.CheckpointError, match="no complete checkpoint"):
+            checkpointer.restore(init(params))

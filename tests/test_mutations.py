@@ -1,0 +1,171 @@
+"""Break a copy of the code on purpose: the tests that guard the broken law must fail.
+
+Each mutation replaces one piece of text of one file and names the tests that must go red. `pytest -m mutation` runs them.
+"""
+
+import dataclasses
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutation:
+    file: str
+    old: str
+    new: str
+    tests: str  # a file of tests, and after a space an expression for -k
+
+
+GRADIENTS = "tests/clipping/test_gradients.py"
+PRIVATIZE = "tests/mechanism/test_privatize.py"
+MUTATIONS = {
+    "noise_removed": Mutation(
+        "jaxdp/mechanism/privatize.py", "if plan.noise_multiplier > 0:", "if False:", f"{PRIVATIZE} released_mean or independent"
+    ),
+    "noise_halved": Mutation(
+        "jaxdp/noise.py", "leaf + stddevs[group]", "leaf + 0.5 * stddevs[group]", f"{PRIVATIZE} released_mean or audit"
+    ),
+    "noise_in_bfloat16": Mutation(
+        "jaxdp/noise.py",
+        "jax.random.normal(jax.random.fold_in(key, index), leaf.shape, leaf.dtype)",
+        "jax.random.normal(jax.random.fold_in(key, index), leaf.shape, jnp.bfloat16).astype(leaf.dtype)",
+        f"{PRIVATIZE} float32",
+    ),
+    "wrong_divisor": Mutation(
+        "jaxdp/mechanism/privatize.py", "leaf / plan.expected_batch_size", "leaf / plan.padded_batch_size", f"{PRIVATIZE} constant"
+    ),
+    "clip_skipped": Mutation(
+        "jaxdp/clipping/policies.py",
+        "return jnp.where(norms <= target, jnp.ones_like(norms), target / jnp.maximum(norms, tiny))",
+        "return jnp.ones_like(norms + target)",
+        f"{GRADIENTS} sensitivity or closed_form",
+    ),
+    "rounding_guard_removed": Mutation(
+        "jaxdp/clipping/policies.py", "1.0 - 2.0**-20", "1.0 + 2.0**-20", f"{GRADIENTS} stored_contribution"
+    ),
+    "key_reused_for_every_step": Mutation(
+        "jaxdp/mechanism/privatize.py",
+        "step_key = jax.random.fold_in(key, step)",
+        "step_key = key",
+        "tests/test_training.py every_step_draws",
+    ),
+    "key_reused_for_every_leaf": Mutation(
+        "jaxdp/noise.py", "jax.random.fold_in(key, index)", "jax.random.fold_in(key, 0)", "tests/test_noise.py independent"
+    ),
+    "key_not_secret": Mutation(
+        "jaxdp/noise.py", "secrets.token_bytes(8)", "bytes(8)", "tests/test_noise.py secret"
+    ),
+    "mask_ignored": Mutation(
+        "jaxdp/clipping/gradients.py",
+        "counts = ~rows_are_padding & jnp.isfinite(loss)",
+        "counts = jnp.isfinite(loss)",
+        f"{GRADIENTS} padding",
+    ),
+    "padded_row_summed": Mutation(
+        "jaxdp/clipping/aggregation.py",
+        "keep = counts & jnp.all(jnp.isfinite(norms), axis=1)",
+        "keep = jnp.all(jnp.isfinite(norms), axis=1)",
+        f"{GRADIENTS} padding",
+    ),
+    "non_finite_example_multiplied_by_zero": Mutation(
+        "jaxdp/clipping/aggregation.py",
+        "rows = jnp.where(keep[:, None], rows, 0.0)",
+        "rows = rows * 1.0",
+        f"{GRADIENTS} non_finite",
+    ),
+    "norm_in_the_leaf_dtype": Mutation(
+        "jaxdp/clipping/aggregation.py",
+        "wide = leaf.astype(_accumulator(leaf.dtype))",
+        "wide = leaf",
+        f"{GRADIENTS} float16 or stored",
+    ),
+    "replace_one_not_doubled": Mutation(
+        "jaxdp/clipping/gradients.py", "(2.0 if relation", "(1.0 if relation", f"{GRADIENTS} sensitivity"
+    ),
+    "group_noise_of_each_group_alone": Mutation(
+        "jaxdp/noise.py", "noise_multiplier * np.sqrt(len(sizes)).item() * clip_norms", "noise_multiplier * clip_norms",
+        "tests/test_noise.py allocation",
+    ),
+    "count_not_paid_for": Mutation(
+        "jaxdp/mechanism/privacy_plan.py",
+        "return (self.noise_multiplier**-2 - (2 * self.count_stddev) ** -2) ** -0.5",
+        "return self.noise_multiplier",
+        f"{PRIVATIZE} paid_for",
+    ),
+    "padding_counted_as_clipped": Mutation(
+        "jaxdp/clipping/aggregation.py",
+        "jnp.where(keep[:, None], unclipped - 0.5, 0.0)",
+        "jnp.where(keep[:, None], unclipped - 0.5, -0.5)",
+        f"{PRIVATIZE} one_half",
+    ),
+    "truncation_keeps_the_first": Mutation(
+        "jaxdp/sampling.py",
+        "rng.choice(plan.num_examples, size, replace=False, shuffle=False)",
+        "np.sort(rng.permutation(np.flatnonzero(rng.random(plan.num_examples) < plan.sampling_prob)))[:size]",
+        "tests/test_sampling.py uniformly",
+    ),
+    "fixed_batch_size": Mutation(
+        "jaxdp/sampling.py",
+        "int(rng.binomial(plan.num_examples, plan.sampling_prob))",
+        "round(plan.num_examples * plan.sampling_prob)",
+        "tests/test_sampling.py binomial",
+    ),
+    "resumed_sampler_starts_over": Mutation(
+        "jaxdp/sampling.py",
+        "for step in range(start_step, plan.num_steps):",
+        "for step in range(plan.num_steps - start_step):",
+        "tests/test_checkpointing.py uninterrupted",
+    ),
+    "truncation_free_of_charge": Mutation(
+        "jaxdp/accounting.py", "if self.truncates:", "if False:", "tests/test_accounting.py truncation_is_charged"
+    ),
+    "budget_not_checked": Mutation(
+        "jaxdp/mechanism/ledger.py", "if spent >= plan.num_steps:", "if False:", "tests/test_training.py refused"
+    ),
+    "past_steps_forgotten": Mutation(
+        "jaxdp/mechanism/ledger.py", "return Ledger((*entries, ", "return Ledger((", "tests/mechanism/test_ledger.py changed_plan"
+    ),
+    "update_past_the_plan": Mutation(
+        "jaxdp/transforms.py",
+        "exhausted = state.step >= plan.num_steps",
+        "exhausted = state.step < 0",
+        "tests/test_transforms.py past_the_plan",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.mutation
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_the_suite_goes_red_when_the_code_is_broken(name, tmp_path):
+    mutation = MUTATIONS[name]
+    for part in ("jaxdp", "pallas_kernels", "tests"):
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    target = tmp_path / mutation.file
+    text = target.read_text()
+    assert text.count(mutation.old) == 1, f"{mutation.old!r} must stand once in {mutation.file}"
+    target.write_text(text.replace(mutation.old, mutation.new))
+
+    tests, expression = mutation.tests.split(" ", 1)
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests, "-k", expression],
+        cwd=tmp_path,  # `python -m` puts the copy before the installed package
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 1, f"the mutant survived:\n{result.stdout[-3000:]}{result.stderr[-1000:]}"
+    # Red for the right reason: a law that does not hold, not a mutant that does not run.
+    assert re.search(
+        r"^E\s+(AssertionError|assert|Failed: DID NOT RAISE|.*Mismatched elements)", result.stdout, re.MULTILINE
+    ), result.stdout[-3000:]

@@ -1,0 +1,75 @@
+"""Laws of the noise: its scale, its independence, its division between groups, its dtype, its key."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+import jaxdp
+from jaxdp.noise import add_noise, allocate_stddevs
+
+SIZE = 20_000
+
+
+def test_noise_has_the_stated_std_and_no_other(key):
+    """KS: accepts s, rejects 2s/3 and 3s/2."""
+    s = 0.37
+    draw = np.asarray(add_noise({"w": jnp.zeros(SIZE)}, jnp.array([s]), (0,), key=key)["w"])
+    assert stats.kstest(draw, stats.norm(0, s).cdf).pvalue > 1e-3
+    assert stats.kstest(draw, stats.norm(0, 2 * s / 3).cdf).pvalue < 1e-6
+    assert stats.kstest(draw, stats.norm(0, 3 * s / 2).cdf).pvalue < 1e-6
+
+
+def test_leaves_and_keys_draw_independently(key):
+    zeros = {"a": jnp.zeros(SIZE), "b": jnp.zeros(SIZE)}
+    one = add_noise(zeros, jnp.array([1.0]), (0, 0), key=key)
+    two = add_noise(zeros, jnp.array([1.0]), (0, 0), key=jax.random.fold_in(key, 1))
+    draws = [one["a"], one["b"], two["a"], two["b"]]
+    correlation = np.abs(np.corrcoef(np.stack(draws)) - np.eye(4))
+    assert correlation.max() < 5 / np.sqrt(SIZE)
+
+
+def test_each_group_gets_its_own_std(key):
+    sums = [jnp.zeros(SIZE), jnp.zeros((SIZE, 1)), jnp.zeros(SIZE)]
+    noised = add_noise(sums, jnp.array([1.0, 3.0]), (0, 1, 0), key=key)
+    np.testing.assert_allclose([np.std(x) for x in noised], [1.0, 3.0, 1.0], rtol=0.03)
+
+
+def test_noise_is_not_drawn_below_float32(key):
+    with pytest.raises(TypeError, match="float32 or wider"):
+        add_noise(jnp.zeros(3, jnp.bfloat16), jnp.array([1.0]), (0,), key=key)
+    assert add_noise(jnp.zeros(3), jnp.array([1.0]), (0,), key=key).dtype == jnp.float32
+
+
+# algorithms.md section 5: sigma = 1, C = (1, 2, 2), d = (100, 400, 10000).
+ALLOCATIONS = {
+    "global": ((3.0, 3.0, 3.0), 94500),
+    "equal_budget": ((1.7321, 3.4641, 3.4641), 125100),
+    "least_energy": ((5.0, 5.0, 2.2361), 62500),
+}
+
+
+@pytest.mark.parametrize("name", ALLOCATIONS)
+@pytest.mark.parametrize("noise_multiplier", [1.0, 0.6, 7.0])
+def test_every_allocation_is_one_mechanism_of_the_noise_multiplier(name, noise_multiplier):
+    """S5: sum C^2 / s^2 = 1 / sigma^2, and the stated vectors and energies."""
+    clip_norms, sizes = jnp.array([1.0, 2.0, 2.0]), (100, 400, 10_000)
+    s = np.float64(allocate_stddevs(clip_norms, sizes, noise_multiplier=noise_multiplier, allocation=name))
+    assert np.sum(np.float64(clip_norms) ** 2 / s**2) == pytest.approx(noise_multiplier**-2, rel=1e-5)
+    expected, energy = ALLOCATIONS[name]
+    np.testing.assert_allclose(s, noise_multiplier * np.array(expected), rtol=1e-4)
+    assert np.sum(np.array(sizes) * s**2) == pytest.approx(noise_multiplier**2 * energy, rel=1e-3)
+
+
+def test_no_noise_even_for_an_infinite_clip_norm():
+    s = allocate_stddevs(jnp.array([np.inf]), (3,), noise_multiplier=0.0, allocation="global")
+    assert s.tolist() == [0.0]
+
+
+def test_secret_keys_are_fresh_and_typed():
+    words = {tuple(jax.random.key_data(jaxdp.secret_key()).tolist()) for _ in range(100)}
+    assert len(words) == 100
+    bits = np.unpackbits(np.array([w for pair in words for w in pair], np.uint32).view(np.uint8))
+    assert abs(bits.mean() - 0.5) < 5 * 0.5 / np.sqrt(bits.size)  # all 64 bits are random
+    assert jnp.issubdtype(jaxdp.secret_key().dtype, jax.dtypes.prng_key)

@@ -1,0 +1,74 @@
+"""The README tells the truth: its commands and its code run as they stand."""
+
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = "\n".join(blocks("bash")).splitlines()
+    return [line.split("#")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def environment() -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+    return kept | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+
+
+def jaxdp_commands() -> list[str]:
+    return [
+        part.strip() for line in commands() for part in line.split("&&") if part.strip().startswith("python -m jaxdp")
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", jaxdp_commands())
+def test_the_commands_run(command, tmp_path):
+    result = subprocess.run(
+        [sys.executable, *shlex.split(command)[1:]],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_first_two_commands_are_the_ones_that_ci_runs():
+    assert commands()[:2] == ["pip install -e . && python -m jaxdp train", "pip install -e '.[test]' && pytest"]
+    assert "pip install -q -e '.[test]' && pytest" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.slow
+def test_the_code_runs_as_one_program(tmp_path):
+    program = "\n".join(blocks("python"))
+    result = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", program],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    epsilon = float(result.stdout.split()[0])
+    assert 2.9 < epsilon <= 3.0
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), f"README links to {target}, which does not exist"

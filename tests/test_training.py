@@ -1,0 +1,222 @@
+"""Laws of the DP-SGD step: ordinary SGD at no noise, one trace, one release a step, resumable, refused past the plan."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxdp
+from jaxdp import training
+
+
+def make_plan(noise_multiplier=1.0, clipping=None, **kwargs):
+    settings = {
+        "num_examples": 40,
+        "sampling_prob": 0.2,
+        "num_steps": 20,
+        "padded_batch_size": 16,
+        "target_delta": 1e-3,
+    }
+    return jaxdp.plan(clipping=clipping or jaxdp.flat(1.0), noise_multiplier=noise_multiplier, **(settings | kwargs))
+
+
+@pytest.fixture
+def data():
+    rng = np.random.default_rng(5)
+    return rng.normal(size=(40, 3)).astype(np.float32), rng.normal(size=(40, 2)).astype(np.float32)
+
+
+def train(plan, loss_fn, params, data, *, tx=None, noise_key=None, num_steps=None, seed=0, state=None, **kwargs):
+    init, step = jaxdp.make_dp_step(loss_fn, tx or optax.sgd(0.1), plan, **kwargs)
+    state = init(params, noise_key=noise_key) if state is None else state
+    batches = jaxdp.poisson_batches(data, plan, np.random.SeedSequence(seed), start_step=state.step)
+    for _, (batch, is_padding) in zip(range(num_steps or plan.num_steps), batches, strict=False):
+        state, _ = step(state, batch, is_padding)
+    return state, step
+
+
+OPTIMIZERS = {
+    "sgd": lambda: optax.sgd(0.1, momentum=0.9),
+    "adam": lambda: optax.adam(0.01),
+    "adamw": lambda: optax.adamw(optax.cosine_decay_schedule(0.01, 20), weight_decay=0.1),
+    "chain": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.lion(0.01)),
+}
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("microbatch_size", [None, 5])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_no_noise_and_infinite_clip_is_the_ordinary_optimizer(name, microbatch_size, params, loss_fn, data):
+    plan = make_plan(0.0, jaxdp.flat(np.inf))
+    state, _ = train(plan, loss_fn, params, data, tx=OPTIMIZERS[name](), microbatch_size=microbatch_size)
+
+    tx = OPTIMIZERS[name]()
+    expected, opt_state = params, tx.init(params)
+    for batch, is_padding in jaxdp.poisson_batches(data, plan, np.random.SeedSequence(0)):
+        rows = jax.tree.map(lambda x, keep=~is_padding: x[keep], batch)
+
+        def objective(p, rows=rows):
+            return jnp.sum(jax.vmap(loss_fn, (None, 0))(p, rows)) / plan.expected_batch_size
+
+        updates, opt_state = tx.update(jax.grad(objective)(expected), opt_state, expected)
+        expected = optax.apply_updates(expected, updates)
+    chex.assert_trees_all_close(state.params, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_step_is_traced_once_whatever_the_realized_batch(params, loss_fn, data):
+    plan = make_plan()
+    traces = []
+
+    def counted(p, example):
+        traces.append(None)
+        return loss_fn(p, example)
+
+    init, step = jaxdp.make_dp_step(counted, optax.adam(0.1), plan)
+    state = init(params)
+    batch = jax.tree.map(lambda x: x[:16], data)
+    cases = {
+        "all": (batch, np.zeros(16, bool)),
+        "one": (batch, np.arange(16) > 0),
+        "empty": (batch, np.ones(16, bool)),
+        "nan": (jax.tree.map(lambda x: np.where(np.arange(16)[:, None] == 3, np.nan, x), batch), np.zeros(16, bool)),
+        "inf": (jax.tree.map(lambda x: np.where(np.arange(16)[:, None] == 3, np.inf, x), batch), np.zeros(16, bool)),
+    }
+    state, _ = step(state, *cases["all"])
+    after_first = len(traces)
+    for rows, mask in cases.values():
+        state, info = step(state, rows, mask)
+        chex.assert_tree_all_finite(state.params)
+        chex.assert_tree_all_finite(info.noise_stddevs)
+    assert len(traces) == after_first
+    assert step.compiled._cache_size() == 1
+
+
+def test_one_bad_example_changes_nothing_but_its_own_contribution(params, loss_fn, data, key):
+    plan = make_plan()
+    init, step = jaxdp.make_dp_step(loss_fn, optax.sgd(0.1), plan)
+    batch = jax.tree.map(lambda x: x[:16], data)
+    for bad in (np.nan, np.inf):
+        spoiled = jax.tree.map(lambda x, bad=bad: np.where(np.arange(16)[:, None] == 3, np.float32(bad), x), batch)
+        with_bad, _ = step(init(params, noise_key=key), spoiled, np.zeros(16, bool))
+        without, _ = step(init(params, noise_key=key), batch, np.arange(16) == 3)
+        chex.assert_trees_all_equal(with_bad.params, without.params)
+
+
+def test_noise_differs_by_run_and_repeats_by_key(params, loss_fn, data, key):
+    plan = make_plan()
+    run = lambda **kwargs: train(plan, loss_fn, params, data, **kwargs)[0].params  # noqa: E731
+    chex.assert_trees_all_equal(run(noise_key=key), run(noise_key=key))
+    a, b, c = run(), run(), run(noise_key=key)
+    for other in (b, c):
+        assert float(jnp.abs(a["first"]["kernel"] - other["first"]["kernel"]).max()) > 1e-3
+
+
+def test_every_step_draws_new_noise(params, loss_fn, data):
+    """Two empty steps of plain SGD move the parameters by two different noises."""
+    init, step = jaxdp.make_dp_step(loss_fn, optax.sgd(1.0), make_plan())
+    batch, empty = jax.tree.map(lambda x: x[:16], data), np.ones(16, bool)
+    states = [init(params)]
+    history = [np.asarray(states[0].params["first"]["kernel"]).copy()]
+    state = states[0]
+    for _ in range(3):
+        state, _ = step(state, batch, empty)
+        history.append(np.asarray(state.params["first"]["kernel"]).copy())
+    moves = np.diff(np.stack(history), axis=0)
+    assert np.abs(moves[0] - moves[1]).max() > 1e-3
+    assert np.abs(moves[1] - moves[2]).max() > 1e-3
+
+
+def test_init_copies_and_the_callers_arrays_survive(params, loss_fn, data, key):
+    before = jax.tree.map(np.array, params)
+    state, _ = train(make_plan(), loss_fn, params, data, noise_key=key)
+    chex.assert_trees_all_equal(params, before)  # neither donated nor changed
+    assert jax.random.key_data(key).shape == (2,)
+    assert float(jnp.abs(state.params["first"]["kernel"] - before["first"]["kernel"]).max()) > 0
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_the_state_is_donated(params, loss_fn, data):
+    init, step = jaxdp.make_dp_step(loss_fn, optax.adam(0.1), make_plan())
+    state = init(params)
+    old = state.params["first"]["kernel"]
+    step(state, jax.tree.map(lambda x: x[:16], data), np.zeros(16, bool))
+    assert old.is_deleted()
+
+
+def test_a_step_past_the_plan_is_refused_and_leaves_the_state_usable(params, loss_fn, data):
+    plan = make_plan(num_steps=3)
+    state, step = train(plan, loss_fn, params, data)
+    batch = jax.tree.map(lambda x: x[:16], data), np.zeros(16, bool)
+    with pytest.raises(jaxdp.BudgetExhaustedError, match="num_steps"):
+        step(state, *batch)
+    chex.assert_tree_all_finite(state.params)
+    longer = plan.replace(num_steps=4)
+    _, longer_step = jaxdp.make_dp_step(loss_fn, optax.sgd(0.1), longer)
+    state, _ = longer_step(state, *batch)
+    assert state.step == 4
+    assert state.ledger.epsilon(delta=1e-3) == longer.epsilon() > plan.epsilon()
+
+
+def test_the_ledger_follows_a_changed_plan(params, loss_fn, data):
+    first, second = make_plan(1.0), make_plan(2.0)
+    state, _ = train(first, loss_fn, params, data, num_steps=6)
+    state, _ = train(second, loss_fn, params, data, num_steps=2, state=state)
+    assert [int(entry.num_steps) for entry in state.ledger.entries] == [6, 2]
+    assert first.epsilon(num_steps=6) < state.ledger.epsilon(delta=1e-3) < first.epsilon(num_steps=8)
+
+
+def test_metrics_are_reported_and_the_noise_std_is_true(params, loss_fn, data):
+    plan = make_plan(1.5, jaxdp.per_layer({"first": 0.3, "second": 0.4}, noise_allocation="equal_budget"))
+    init, step = jaxdp.make_dp_step(loss_fn, optax.sgd(0.1), plan)
+    batch, mask = jax.tree.map(lambda x: x[:16], data), np.arange(16) >= 10
+    _, info = step(init(params), batch, mask)
+    np.testing.assert_allclose(info.noise_stddevs, 1.5 * np.sqrt(2) * np.array([0.3, 0.4]), rtol=1e-6)
+    np.testing.assert_allclose(info.clip_norms, [0.3, 0.4], rtol=1e-6)
+    assert info.not_private.loss.shape == (16,)
+    losses = jax.vmap(loss_fn, (None, 0))(params, batch)
+    assert float(info.not_private.mean_loss()) == pytest.approx(float(losses[:10].mean()), rel=1e-5)
+
+
+def test_quantile_clipping_moves_the_clip_norm(params, loss_fn, data):
+    plan = make_plan(0.5, jaxdp.quantile(0.01, count_stddev=1.0))
+    state, _ = train(plan, loss_fn, params, data)
+    assert float(state.clip_norms[0]) > 0.02
+
+
+def test_low_precision_parameters_keep_their_dtype(loss_fn, params, data):
+    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+
+    def loss(p, example):
+        return loss_fn(jax.tree.map(lambda x: x.astype(jnp.float32), p), example)
+
+    state, _ = train(make_plan(), loss, low, data)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.bfloat16.dtype}
+    chex.assert_tree_all_finite(state.params)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_replicas_add_the_same_noise_and_sharding_changes_only_rounding(params, loss_fn, data, key):
+    """S7, S22: the batch split over two devices gives the parameters of one device, equal on both."""
+    plan = make_plan()
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    init, step = jaxdp.make_dp_step(loss_fn, optax.adam(0.01), plan)
+    alone, shared = init(params, noise_key=key), init(params, noise_key=key)
+    shared = training.TrainingState(
+        *jax.device_put((shared.params, shared.opt_state, shared.clip_norms, shared.noise_key), everywhere),
+        ledger=shared.ledger,
+    )
+    for batch, mask in jaxdp.poisson_batches(data, plan, np.random.SeedSequence(2)):
+        alone, _ = step(alone, batch, mask)
+        shared, _ = step(shared, *jax.device_put((batch, mask), rows))
+    chex.assert_trees_all_close(
+        jax.tree.map(np.asarray, alone.params), jax.tree.map(np.asarray, shared.params), rtol=1e-4, atol=1e-5
+    )
+    kernel = shared.params["first"]["kernel"]
+    copies = [np.asarray(shard.data) for shard in kernel.addressable_shards]
+    assert len(copies) == 2
+    np.testing.assert_array_equal(copies[0], copies[1])
