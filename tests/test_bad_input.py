@@ -112,6 +112,9 @@ CASES = {
     "both_batch_numbers": Case(lambda: plan(sampling_prob=0.1), ValueError, "0.1", "exactly one of"),
     "no_batch_number": Case(lambda: plan(expected_batch_size=None), ValueError, "None", "exactly one of"),
     "noise_negative": Case(lambda: plan(noise_multiplier=-1.0), ValueError, "-1.0", "nonnegative"),
+    "noise_next_to_none": Case(
+        lambda: plan(noise_multiplier=1e-6), ValueError, "1e-06", "or 0 for a run without privacy"
+    ),
     "noise_nan": Case(lambda: plan(noise_multiplier=np.nan), ValueError, "NaN", "noise_multiplier"),
     "noise_and_goal": Case(lambda: plan(target_epsilon=1.0), ValueError, "1.0", "exactly one of"),
     "goal_without_delta": Case(
@@ -119,6 +122,7 @@ CASES = {
     ),
     "delta_one": Case(lambda: plan(target_delta=1.0), ValueError, "1.0", "target_delta must lie in (0, 1)"),
     "delta_unset": Case(lambda: plan().epsilon(), ValueError, "delta is not set", "pass delta="),
+    "delta_below_pld": Case(lambda: plan().epsilon(delta=1e-20), ValueError, "1e-20", "accountant='rdp'"),
     "epsilon_zero": Case(
         lambda: plan(noise_multiplier=None, target_epsilon=0.0, target_delta=1e-5), ValueError, "0.0", "positive"
     ),

@@ -125,7 +125,7 @@ MUTATIONS = {
         "tests/test_checkpointing.py uninterrupted",
     ),
     "truncation_free_of_charge": Mutation(
-        "jaxdp/accounting.py", "if self.truncates:", "if False:", "tests/test_accounting.py truncation_is_charged"
+        "jaxdp/accounting/releases.py", "if not self.truncates:", "if True:", "tests/test_accounting.py truncation_is_charged"
     ),
     "budget_not_checked": Mutation(
         "jaxdp/mechanism/ledger.py", "if spent >= plan.num_steps:", "if False:", "tests/test_training.py refused"

@@ -46,12 +46,13 @@ class Defaults:
     num_steps: int
     l2_clip_norm: float
     learning_rate: float
+    baseline_learning_rate: float
     microbatch_size: int | None
 
 
 DEFAULTS = {
-    "digits": Defaults("mlp", 512, 200, 0.5, 2.0, None),
-    "mnist": Defaults("cnn", 1024, 1200, 1.0, 1.0, 64),
+    "digits": Defaults("mlp", 512, 200, 0.5, 2.0, 0.5, None),
+    "mnist": Defaults("cnn", 1024, 1200, 1.0, 2.0, 0.5, 64),
 }
 
 
@@ -59,10 +60,12 @@ def _default(hint: str) -> Any:
     return tyro.conf.arg(help_behavior_hint=f"(default: {hint})")
 
 
-def _default_of(name: str) -> Any:
-    return _default(
-        ", ".join(f"{getattr(values, name) or 'all'} for {dataset}" for dataset, values in DEFAULTS.items())
-    )
+def _default_of(name: str, without_privacy: str | None = None) -> Any:
+    def hint(values: Defaults) -> str:
+        text = str(getattr(values, name) or "all")
+        return f"{text} ({getattr(values, without_privacy)} without privacy)" if without_privacy else text
+
+    return _default(", ".join(f"{hint(values)} for {dataset}" for dataset, values in DEFAULTS.items()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +116,7 @@ class Train:
 
     optimizer: Literal["sgd", "adam"] = "sgd"
     """Optimizer of the noisy mean gradient."""
-    learning_rate: Annotated[float | None, _default_of("learning_rate")] = None
+    learning_rate: Annotated[float | None, _default_of("learning_rate", "baseline_learning_rate")] = None
     """Learning rate of the optimizer."""
     momentum: float = 0.0
     """Momentum of sgd."""
@@ -138,7 +141,8 @@ def run(config: Train) -> None:
     """
     _validate.positive_integer("checkpoint_every", config.checkpoint_every)
     _validate.nonnegative_integer("init_seed", config.init_seed)
-    _optimizer(config), _model(config)  # complain before anything is written
+    _optimizer(config)  # complains before anything is written, as the model does
+    _model(config)
     dataset = _load(config)
     the_plan = make_plan(config, len(dataset.train_labels))
     settings = {**resolved(config), "data_sha256": dataset.fingerprint()}
@@ -274,10 +278,13 @@ def resolved(config: Train) -> dict[str, Any]:
     settings = dataclasses.asdict(config)
     for name in ("out", "resume", "checkpoint_every", "data_dir"):
         del settings[name]
-    for name, value in dataclasses.asdict(DEFAULTS[config.dataset]).items():
-        if settings[name] is None and not (name == "expected_batch_size" and config.sampling_prob is not None):
-            settings[name] = value
-    return settings
+    defaults = dataclasses.asdict(DEFAULTS[config.dataset])
+    baseline_learning_rate = defaults.pop("baseline_learning_rate")
+    if config.no_privacy:
+        defaults["learning_rate"] = baseline_learning_rate
+    if config.sampling_prob is not None:
+        del defaults["expected_batch_size"]
+    return settings | {name: value for name, value in defaults.items() if settings[name] is None}
 
 
 def _clipping(config: Train, l2_clip_norm: float) -> ClippingPolicy:

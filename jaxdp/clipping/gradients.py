@@ -211,8 +211,8 @@ def clipped_grad(
     >>> loss_fn = lambda w, x: 0.5 * jnp.sum((w - x) ** 2)
     >>> grad_fn = clipped_grad(loss_fn, clipping=Flat(1.0))
     >>> total, _ = grad_fn(jnp.zeros(2), jnp.array([[3.0, 4.0], [0.3, 0.0]]))
-    >>> print(total.round(3))
-    [-0.9 -0.8]
+    >>> print([f"{value:.3f}" for value in total])
+    ['-0.900', '-0.800']
     """
     if not callable(fun):
         raise TypeError(f"fun must be callable as fun(params, example), got {fun!r}.")

@@ -205,12 +205,14 @@ def plan(
                 "would satisfy it. Use a smaller delta.",
                 stacklevel=2,
             )
+    target_epsilon, noise_multiplier = _check_goal(target_epsilon, target_delta, noise_multiplier)
     if padded_batch_size is None:
-        padded_batch_size = (
-            num_examples
-            if sampling_prob == 1
-            else accounting.smallest_padded_batch_size(num_examples, sampling_prob, accountant)
-        )
+        padded_batch_size = num_examples
+        if sampling_prob < 1:
+            log_overflow = _negligible_log_overflow(
+                num_examples, sampling_prob, num_steps, accountant, target_epsilon, target_delta, noise_multiplier
+            )
+            padded_batch_size = accounting.smallest_padded_batch_size(num_examples, sampling_prob, log_overflow)
     padded_batch_size = _validate.positive_integer("padded_batch_size", padded_batch_size)
     if padded_batch_size > num_examples:
         raise ValueError(
@@ -222,7 +224,6 @@ def plan(
             f"{sampling_prob * num_examples:g}: most draws would be truncated. Raise it or "
             "leave it out; to save memory use microbatch_size."
         )
-    target_epsilon, noise_multiplier = _check_goal(target_epsilon, target_delta, noise_multiplier)
     if noise_multiplier is None:
         assert target_epsilon is not None
         assert target_delta is not None
@@ -272,10 +273,43 @@ def _check_goal(target_epsilon: Any, target_delta: Any, noise_multiplier: Any) -
             f"{target_epsilon!r} and {noise_multiplier!r}."
         )
     if noise_multiplier is not None:
-        return None, _validate.nonnegative("noise_multiplier", noise_multiplier)
+        noise_multiplier = _validate.nonnegative("noise_multiplier", noise_multiplier)
+        if 0 < noise_multiplier < 1e-3:
+            raise ValueError(
+                f"noise_multiplier={noise_multiplier:g} is next to no noise (epsilon above 500,000); use at least 1e-3, or 0 "
+                "for a run without privacy."
+            )
+        return None, noise_multiplier
     if target_delta is None:
         raise ValueError("target_epsilon needs target_delta, a probability well below 1 / num_examples, such as 1e-5.")
     return _validate.positive("target_epsilon", target_epsilon), None
+
+
+def _negligible_log_overflow(
+    num_examples: int,
+    sampling_prob: float,
+    num_steps: int,
+    accountant: AccountantName,
+    target_epsilon: float | None,
+    target_delta: float | None,
+    noise_multiplier: float | None,
+) -> float:
+    """log of an overflow probability a step that costs nothing visible (S10).
+
+    PLD charges for truncation by its own event; RDP adds num_steps * (1 + e^epsilon) times the probability to delta.
+    """
+    delta = 1e-5 if target_delta is None else target_delta
+    share = math.log(1e-3 * delta / num_steps)
+    if accountant == "pld":
+        return min(math.log(1e-8), share)
+    budget = target_epsilon
+    if budget is None:
+        assert noise_multiplier is not None
+        untruncated = SampledGaussian(num_examples, sampling_prob, num_examples, noise_multiplier, num_steps)
+        budget = accounting.epsilon(
+            [untruncated], delta, neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE, accountant="rdp"
+        )
+    return min(math.log(1e-12), share - (0.0 if math.isinf(budget) else budget))
 
 
 def _check_noise(result: PrivacyPlan) -> None:

@@ -140,7 +140,7 @@ def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path):
 
 @pytest.mark.slow
 def test_the_baseline_has_no_epsilon_and_every_policy_trains(tmp_path):
-    run(tmp_path, *SMALL, "--no-privacy", "--learning-rate", "0.3", "--out", "baseline")
+    run(tmp_path, *SMALL, "--no-privacy", "--out", "baseline")
     report = json.loads((tmp_path / "baseline" / "report.json").read_text())
     assert report["private"] is False
     assert report["epsilon"] is None

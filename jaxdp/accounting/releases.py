@@ -1,0 +1,74 @@
+"""What was released, as `dp_accounting` sees it, and how large a batch must be padded so that truncation is free."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import dp_accounting
+from scipy import stats
+
+
+class SampledGaussian(NamedTuple):
+    """Some identical steps of the one mechanism: truncated Poisson sampling, then a Gaussian.
+
+    Attributes:
+        num_examples: N, the size of the data set.
+        sampling_prob: q, the probability of each example to enter a batch, independently.
+        padded_batch_size: Larger draws are truncated to a uniformly random subset of this size; N for no truncation.
+        noise_multiplier: sigma, the noise std over the L2 clip norm.
+        num_steps: How many steps.
+    """
+
+    num_examples: int
+    sampling_prob: float
+    padded_batch_size: int
+    noise_multiplier: float
+    num_steps: int
+
+    @property
+    def truncates(self) -> bool:
+        return self.padded_batch_size < self.num_examples
+
+    def dp_event(self) -> dp_accounting.DpEvent:
+        """The event under PLD; it charges for truncation (arXiv 2508.15089)."""
+        if not self.truncates:
+            return self.untruncated_dp_event()
+        # The event counts the record that differs among its `dataset_size`: a neighbor may have one more than we do.
+        event = dp_accounting.TruncatedSubsampledGaussianDpEvent(
+            self.num_examples + 1, self.sampling_prob, self.padded_batch_size, self.noise_multiplier
+        )
+        return dp_accounting.SelfComposedDpEvent(event, self.num_steps)
+
+    def untruncated_dp_event(self) -> dp_accounting.DpEvent:
+        """The event of plain Poisson sampling, the only one that RDP takes."""
+        event = dp_accounting.GaussianDpEvent(self.noise_multiplier)
+        if self.sampling_prob < 1:
+            event = dp_accounting.PoissonSampledDpEvent(self.sampling_prob, event)
+        return dp_accounting.SelfComposedDpEvent(event, self.num_steps)
+
+    def log_overflow_prob(self) -> float:
+        """log of a bound on the probability that any of the steps truncates, on the data set or a neighbor of it."""
+        if not self.truncates or self.num_steps == 0:
+            return -math.inf
+        one_step = float(stats.binom.logsf(self.padded_batch_size, self.num_examples + 1, self.sampling_prob))
+        return one_step + math.log(self.num_steps)
+
+
+def smallest_padded_batch_size(num_examples: int, sampling_prob: float, log_overflow_prob: float) -> int:
+    """The smallest multiple of 8 that a Poisson draw exceeds with at most the given probability, and at most `num_examples`.
+
+    Args:
+        num_examples: N.
+        sampling_prob: q.
+        log_overflow_prob: Natural log of the largest P[Bin(N, q) > size]; a log, since RDP needs less than 1e-300.
+    """
+    # By bisection on the log of the tail: `isf` answers N for a probability that 1 - p rounds away.
+    low, high = 0, num_examples
+    while low < high:
+        middle = (low + high) // 2
+        if stats.binom.logsf(middle, num_examples, sampling_prob) <= log_overflow_prob:
+            high = middle
+        else:
+            low = middle + 1
+    return min(num_examples, -(-max(low, 1) // 8) * 8)
