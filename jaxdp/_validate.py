@@ -72,14 +72,14 @@ def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> str:
 
 # A norm below this would drown in the float32 underflow of squared gradient entries (about 1e-19 each, 1e-13 over 1e12
 # entries), and a norm above it in their overflow: both would let an example pass unclipped or vanish.
-_SMALLEST_CLIP_NORM, _LARGEST_CLIP_NORM = 1e-9, 1e15
+SMALLEST_CLIP_NORM, LARGEST_CLIP_NORM = 1e-9, 1e15
 
 
 def clip_norm(name: str, value: Any, *, allow_infinite: bool = True) -> float:
     result = positive(name, value, allow_infinite=allow_infinite)
-    if not math.isinf(result) and not _SMALLEST_CLIP_NORM <= result <= _LARGEST_CLIP_NORM:
+    if not math.isinf(result) and not SMALLEST_CLIP_NORM <= result <= LARGEST_CLIP_NORM:
         raise ValueError(
-            f"{name} must lie in [{_SMALLEST_CLIP_NORM:g}, {_LARGEST_CLIP_NORM:g}], where float32 norms are exact "
+            f"{name} must lie in [{SMALLEST_CLIP_NORM:g}, {LARGEST_CLIP_NORM:g}], where float32 norms are exact "
             f"enough to bound a sum; got {value!r}. Rescale the loss instead."
         )
     return result

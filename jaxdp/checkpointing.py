@@ -45,16 +45,18 @@ class Checkpointer:
         self._plan = check_plan(plan)
         self._directory = Path(directory).absolute()
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            self._directory.chmod(0o700)
+            _make_private(self._directory)
         except OSError as error:
             raise CheckpointError(
-                f"cannot write checkpoints to {self._directory}: {error}; choose another folder."
+                f"cannot write checkpoints to {self._directory}: {error}; give checkpoints a folder of their own."
             ) from error
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, enable_async_checkpointing=False),
         )
+
+        # Checkpoints of an earlier run: they must be continued, and not mixed with those of another noise key.
+        self._unread = self._manager.latest_step() is not None
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -79,6 +81,11 @@ class Checkpointer:
             extra: JSON-able values to keep with it.
         """
         ledger: Ledger = state.ledger
+        if self._unread:
+            raise CheckpointError(
+                f"{self._directory} holds checkpoints of an earlier run, the newest of step {self.latest_step()}; restore it first "
+                "to go on with that run, or choose another folder."
+            )
         if ledger.num_steps in self._manager.all_steps():
             return
         metadata = {
@@ -129,6 +136,7 @@ class Checkpointer:
         except Exception as error:
             raise CheckpointError(f"cannot read checkpoint {step} in {self._directory}: {error}") from error
         state = dataclasses.replace(template, **arrays, ledger=Ledger.from_json(metadata["ledger"]))  # type: ignore[type-var]
+        self._unread = False
         return state, metadata["extra"]
 
     def _check_metadata(self, metadata: Any, shapes: dict[str, str], step: int) -> None:
@@ -155,11 +163,25 @@ class Checkpointer:
 
 
 def plan_to_json(plan: PrivacyPlan) -> dict[str, Any]:
-    """The numbers of a plan as JSON-able values."""
-    values = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
+    """The numbers of a plan that decide what a step computes and how it is charged, as JSON-able values.
+
+    Not the number of steps and the goal: `plan.replace(num_steps=...)` goes on with the same mechanism.
+    """
+    left_out = ("num_steps", "target_epsilon", "target_delta")
+    values = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan) if field.name not in left_out}
     values["clipping"] = repr(plan.clipping)
     values["neighboring_relation"] = plan.neighboring_relation.name
     return json.loads(json.dumps(values))
+
+
+def _make_private(directory: Path) -> None:
+    """Makes the folder, or takes one that holds nothing but checkpoints, readable by its owner only."""
+    if directory.is_dir():
+        strangers = [path.name for path in directory.iterdir() if not path.name.split(".")[0].isdigit()]
+        if strangers:
+            raise OSError(f"it holds other files ({', '.join(sorted(strangers)[:3])}), and checkpoints are secret")
+    directory.mkdir(parents=True, exist_ok=True)
+    directory.chmod(0o700)
 
 
 def _as_dict(state: Any) -> dict[str, Any]:

@@ -68,6 +68,12 @@ def poisson_batches(
         ValueError: the source is empty, has another length than the plan, or its examples differ in shape.
     """
     start_step = _validate.nonnegative_integer("start_step", start_step)
+    if start_step > 0 and isinstance(rng, np.random.Generator):
+        raise ValueError(
+            f"start_step={start_step} with a Generator: a resumed run must draw the batches of the first run again, or its noise "
+            "would meet other data (S8). Start the run with seed = np.random.SeedSequence(), keep seed.entropy with the "
+            "checkpoint, and resume with np.random.SeedSequence(entropy)."
+        )
     seed = _seed_sequence(rng)
     rows = _Rows(source)
     if rows.num_examples != plan.num_examples:
@@ -117,6 +123,11 @@ class _Rows:
             raise ValueError("source is empty: there is no example to sample.")
         if self._columns is None:
             self._template = self._as_arrays(source[0])
+        if isinstance(
+            source, list
+        ):  # in memory: complain now, and not in the step that happens to draw the odd example
+            for example in source:
+                self._check(self._as_arrays(example))
 
     @staticmethod
     def _as_arrays(example: Any) -> Any:
@@ -154,6 +165,11 @@ class _Rows:
                 raise ValueError(
                     f"examples are ragged: leaf {name!r} has shape {first.shape} in the first example and {leaf.shape} in "
                     "another; pad or crop every example to one shape."
+                )
+            if leaf.dtype != first.dtype:
+                raise ValueError(
+                    f"examples differ in type: leaf {name!r} is {first.dtype} in the first example and {leaf.dtype} in another; "
+                    "convert every example to one type."
                 )
         return example
 

@@ -35,7 +35,7 @@ class TrainingState:
     params: Params
     opt_state: Any
     clip_norms: jax.Array
-    noise_key: Key
+    noise_key: Key = dataclasses.field(repr=False)
     ledger: Ledger
 
     @property

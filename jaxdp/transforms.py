@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from typing import Any
 
 import jax
@@ -29,7 +30,7 @@ class DPAggregateState:
         plan_id: Fingerprint of the plan that the count belongs to; a transformation of another plan refuses the state.
     """
 
-    noise_key: Key
+    noise_key: Key = dataclasses.field(repr=False)
     step: jax.Array
     clip_norms: jax.Array
     plan_id: str = dataclasses.field(metadata={"static": True})
@@ -54,7 +55,8 @@ def dp_aggregate(plan: PrivacyPlan, key: Key) -> optax.GradientTransformationExt
 
     Args:
         plan: The privacy numbers, from `jaxdp.plan`.
-        key: A secret noise key, `jaxdp.secret_key()`: a fresh one for each run (S8).
+        key: A secret noise key, `jaxdp.secret_key()`: a fresh one for each process (S8). The first `init` uses it as it is, and
+            each further one derives a key of its own.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`. Its updates have the shapes and dtypes of `params`; noise is drawn and
@@ -66,12 +68,16 @@ def dp_aggregate(plan: PrivacyPlan, key: Key) -> optax.GradientTransformationExt
     check_plan(plan)
     _validate.typed_key("key", key)
     plan_id = _plan_id(plan)
+    runs = itertools.count()
 
     def init(params: Params) -> DPAggregateState:
         _refuse_masks(params)
         _validate.floating_params(params)
         clip_norms = jnp.asarray(plan.clipping.clip_norms(plan.clipping.groups(params)))
-        return DPAggregateState(jax.random.clone(key), jnp.zeros((), jnp.int32), clip_norms, plan_id)
+        # S8: a second run of one transformation must not repeat the noise of the first.
+        run = next(runs)
+        noise_key = jax.random.clone(key) if run == 0 else jax.random.fold_in(key, run)
+        return DPAggregateState(noise_key, jnp.zeros((), jnp.int32), clip_norms, plan_id)
 
     def update(
         updates: Any,

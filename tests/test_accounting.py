@@ -247,6 +247,36 @@ def test_rdp_charges_truncation_to_delta():
     assert epsilon(whole, accountant="rdp") < epsilon(middle, accountant="rdp") < math.inf
 
 
+def test_rdp_charges_the_overflow_of_every_step():
+    release = SampledGaussian(1000, 0.064, 120, 4.84, 1000)
+    one_step = stats.binom.logsf(120, 1001, 0.064)
+    assert release.log_overflow_prob() == pytest.approx(one_step + math.log(1000))
+
+
+def test_rdp_has_no_answer_under_replace_one():
+    """S11: without sampling, dp_accounting's RDP would answer for half the sensitivity, 4.73 instead of 10.0."""
+    plan = plan_of(1.0, 1, 1, neighboring_relation=NeighboringRelation.REPLACE_ONE)
+    with pytest.raises(ValueError, match="REPLACE_ONE"):
+        dataclasses.replace(plan, accountant="rdp").epsilon()
+    with pytest.raises(ValueError, match="REPLACE_ONE"):
+        jaxdp.Ledger().record(plan).epsilon(
+            delta=DELTA, neighboring_relation=plan.neighboring_relation, accountant="rdp"
+        )
+
+
+def test_a_goal_that_any_noise_meets_gets_the_least():
+    plan = jaxdp.plan(
+        num_examples=1000,
+        sampling_prob=1e-7,
+        num_steps=50,
+        clipping=jaxdp.flat(1.0),
+        target_epsilon=1.0,
+        target_delta=1e-4,
+    )
+    assert plan.noise_multiplier == pytest.approx(0.01, rel=1e-3)
+    assert plan.epsilon() <= 1.0
+
+
 def test_epsilon_of_several_releases_composes():
     one = SampledGaussian(60_000, 0.01, 60_000, 1.0, 500)
     both = accounting.epsilon([one, one], DELTA, neighboring_relation=ADD_REMOVE, accountant="pld")

@@ -82,6 +82,13 @@ CASES = {
     "clip_norm_text": Case(lambda: jaxdp.flat("1"), TypeError, "'1'", "must be a real number"),  # type: ignore[arg-type]
     "clip_norm_bool": Case(lambda: jaxdp.flat(True), TypeError, "True", "must be a real number"),
     "automatic_infinite": Case(lambda: jaxdp.automatic(np.inf), ValueError, "inf", "positive and finite"),
+    "automatic_gamma_tiny": Case(lambda: jaxdp.automatic(gamma=1e-30), ValueError, "1e-30", "gamma must lie in"),
+    "group_by_list": Case(
+        lambda: grad(clipping=jaxdp.per_layer(1.0, group_by=lambda leaf: [leaf])),
+        TypeError,
+        "['b']",
+        "must return a layer name",
+    ),
     "automatic_gamma": Case(lambda: jaxdp.automatic(gamma=0.0), ValueError, "gamma", "positive"),
     "quantile_outside": Case(lambda: jaxdp.quantile(target_quantile=1.0), ValueError, "1.0", "must lie in (0, 1)"),
     "quantile_infinite": Case(lambda: jaxdp.quantile(np.inf), ValueError, "inf", "positive and finite"),
@@ -223,6 +230,11 @@ CASES = {
     "source_ragged": Case(
         lambda: batches(RAGGED, plan={"expected_batch_size": 100}), ValueError, "(3,)", "pad or crop every example"
     ),
+    "source_ragged_in_memory": Case(lambda: batches(RAGGED), ValueError, "(4,)", "pad or crop every example"),
+    "source_types": Case(lambda: batches([1] + [0.5] * 99), ValueError, "float64", "one type"),
+    "resume_with_generator": Case(
+        lambda: batches(np.zeros(100), start_step=3), ValueError, "start_step=3", "np.random.SeedSequence(entropy)"
+    ),
     "source_structure": Case(
         lambda: batches([{"x": 1.0}] * 99 + [{"y": 1.0}], plan={"expected_batch_size": 100}),
         ValueError,
@@ -318,9 +330,8 @@ def test_a_checkpoint_of_another_plan_is_refused_on_the_command_line(tmp_path, m
     monkeypatch.chdir(tmp_path)
     folder = pathlib.Path("run")
     config = train.Train(num_steps=5, expected_batch_size=64, out=folder)
-    dataset = datasets.load_digits()
     run_folder.new_run_folder(folder, "digits")
-    settings = {**train.resolved(config), "data_sha256": dataset.fingerprint()}
+    settings = {**train.resolved(config), "numpy": np.__version__}
     run_folder.write_config(folder, settings)
     init, _ = jaxdp.make_dp_step(loss, optax.sgd(0.1), plan())
     with jaxdp.Checkpointer(folder / "checkpoints", plan()) as checkpointer:

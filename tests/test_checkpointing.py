@@ -80,16 +80,14 @@ def files_under(folder):
     return {path: path.read_bytes() for path in pathlib.Path(folder).rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("change", ["noise_multiplier", "num_steps", "sampling_prob", "num_examples"])
+@pytest.mark.parametrize("change", ["noise_multiplier", "sampling_prob", "num_examples"])
 def test_a_checkpoint_of_another_plan_is_refused_by_name(change, tmp_path, params, loss_fn):
     plan = make_plan()
     init, _ = jaxdp.make_dp_step(loss_fn, optax.sgd(0.1), plan)
     with jaxdp.Checkpointer(tmp_path, plan) as checkpointer:
         checkpointer.save(init(params))
     before = files_under(tmp_path)
-    other = make_plan(
-        **{change: {"noise_multiplier": 0.6, "num_steps": 13, "sampling_prob": 0.21, "num_examples": 41}[change]}
-    )
+    other = make_plan(**{change: {"noise_multiplier": 0.6, "sampling_prob": 0.21, "num_examples": 41}[change]})
     with (
         jaxdp.Checkpointer(tmp_path, other) as checkpointer,
         pytest.raises(jaxdp.CheckpointError, match=rf"another plan .*{change}"),
@@ -142,6 +140,50 @@ def test_a_damaged_checkpoint_is_a_clear_error(tmp_path, params, loss_fn):
         pytest.raises(jaxdp.CheckpointError, match="another format"),
     ):
         checkpointer.restore(init(params))
+
+
+def test_a_longer_plan_of_the_same_mechanism_goes_on(tmp_path, params, loss_fn, data, key):
+    plan, seed = make_plan(num_steps=3), np.random.SeedSequence(4)
+    init, step = jaxdp.make_dp_step(loss_fn, optax.sgd(0.1), plan)
+    with jaxdp.Checkpointer(tmp_path, plan) as checkpointer:
+        checkpointer.save(continue_run(init(params, noise_key=key), step, plan, data, seed, 3))
+    longer = plan.replace(num_steps=5)
+    init, step = jaxdp.make_dp_step(loss_fn, optax.sgd(0.1), longer)
+    with jaxdp.Checkpointer(tmp_path, longer) as checkpointer:
+        state, _ = checkpointer.restore(init(params))
+    assert continue_run(state, step, longer, data, seed, 5).step == 5
+
+
+def test_checkpoints_of_another_run_are_not_mixed_with_ours(tmp_path, params, loss_fn):
+    plan = make_plan()
+    init, _ = jaxdp.make_dp_step(loss_fn, optax.sgd(0.1), plan)
+    with jaxdp.Checkpointer(tmp_path, plan) as checkpointer:
+        checkpointer.save(init(params))
+    before = files_under(tmp_path)
+    with jaxdp.Checkpointer(tmp_path, plan) as checkpointer:
+        with pytest.raises(jaxdp.CheckpointError, match="earlier run"):
+            checkpointer.save(dataclasses.replace(init(params), ledger=jaxdp.Ledger().record(plan)))
+        assert files_under(tmp_path) == before
+        checkpointer.restore(init(params))
+        checkpointer.save(dataclasses.replace(init(params), ledger=jaxdp.Ledger().record(plan)))
+
+
+def test_a_folder_with_other_files_is_not_taken(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    mode = tmp_path.stat().st_mode
+    with pytest.raises(jaxdp.CheckpointError, match=r"thesis\.tex"):
+        jaxdp.Checkpointer(tmp_path, make_plan())
+    assert tmp_path.stat().st_mode == mode
+
+
+def test_a_plan_with_a_grouping_function_is_recognized_in_another_process():
+    policies = [jaxdp.per_layer(1.0, group_by=first_letter) for _ in range(2)]
+    assert "0x" not in repr(policies[0])
+    assert repr(policies[0]) == repr(policies[1])
+
+
+def first_letter(leaf: str) -> str:
+    return leaf[0]
 
 
 def test_an_empty_folder_has_nothing_to_restore(tmp_path, params, loss_fn):

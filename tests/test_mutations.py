@@ -100,6 +100,15 @@ MUTATIONS = {
         "return self.noise_multiplier",
         f"{PRIVATIZE} paid_for",
     ),
+    "count_not_noised": Mutation(
+        "jaxdp/mechanism/privatize.py", "plan.count_stddev * noise", "0.0 * noise", f"{PRIVATIZE} its_std"
+    ),
+    "noise_with_short_tails": Mutation(
+        "jaxdp/noise.py",
+        "return _normal_of_bits(jax.random.bits(key, (2, *shape), jnp.uint32), dtype)",
+        "return jnp.clip(_normal_of_bits(jax.random.bits(key, (2, *shape), jnp.uint32), dtype), -4.5, 4.5)",
+        "tests/test_noise.py tails",
+    ),
     "padding_counted_as_clipped": Mutation(
         "jaxdp/clipping/aggregation.py",
         "jnp.where(keep[:, None], unclipped - 0.5, 0.0)",

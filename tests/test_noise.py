@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 import jaxdp
-from jaxdp.noise import add_noise, allocate_stddevs
+from jaxdp.noise import _normal_of_bits, add_noise, allocate_stddevs, standard_normal
 
 SIZE = 20_000
 
@@ -73,3 +73,31 @@ def test_secret_keys_are_fresh_and_typed():
     bits = np.unpackbits(np.array([w for pair in words for w in pair], np.uint32).view(np.uint8))
     assert abs(bits.mean() - 0.5) < 5 * 0.5 / np.sqrt(bits.size)  # all 64 bits are random
     assert jnp.issubdtype(jaxdp.secret_key().dtype, jax.dtypes.prng_key)
+
+
+def test_the_tails_of_the_noise_reach_nine_standard_deviations():
+    """A generator that ends at 5.2 would make every release beyond it a proof of membership."""
+    words = jnp.array([[0, 1, 2**32 - 1, 2**32 - 2, 2**31], [0, 0, 2**32 - 1, 2**32 - 1, 0]], jnp.uint32)
+    extremes = np.asarray(_normal_of_bits(words, jnp.float32))
+    assert extremes[0] < -9 < 9 < extremes[1]
+    assert np.all(np.isfinite(extremes))
+
+
+@pytest.mark.parametrize("tail", [1e-3, 1e-6, 1e-10, 1e-15])
+def test_the_tails_of_the_noise_are_the_normal_ones(tail):
+    """The law at given random bits, against scipy, deep into the tail."""
+    high = int(tail * 2**32)
+    low = int((tail * 2**32 - high) * 2**32)
+    words = jnp.array([[(high << 1) | 0, (high << 1) | 1], [low, low]], jnp.uint32)
+    below, above = np.asarray(_normal_of_bits(words, jnp.float32), np.float64)
+    assert below == pytest.approx(stats.norm.ppf(tail), rel=1e-5)
+    assert above == -below
+
+
+def test_the_noise_is_normal_in_its_body_and_its_tails(key):
+    draw = np.asarray(standard_normal(key, (4_000_000,), jnp.float32))
+    assert stats.kstest(draw, stats.norm.cdf).pvalue > 1e-3
+    for threshold in (3.0, 4.0, 4.7):
+        expected = 2 * len(draw) * stats.norm.sf(threshold)
+        assert abs(np.sum(np.abs(draw) > threshold) - expected) < 5 * np.sqrt(expected)
+    assert abs(np.mean(draw > 0) - 0.5) < 5 * 0.5 / np.sqrt(len(draw))

@@ -54,17 +54,12 @@ def test_fault_1_padding_does_not_change_the_update(params, loss_fn, batch, key)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_fault_2_a_bad_example_or_an_empty_batch_stays_finite(bad, params, loss_fn, batch, key):
     tx = jaxdp.dp_aggregate(make_plan(), key)
+    state = tx.init(params)
     spoiled = (batch[0], np.where(np.arange(8)[:, None] == 2, np.float32(bad), batch[1]))
-    update, _ = tx.update(
-        per_example(loss_fn, params, spoiled), tx.init(params), params, is_padding_example=np.zeros(8, bool)
-    )
-    without, _ = tx.update(
-        per_example(loss_fn, params, batch), tx.init(params), params, is_padding_example=np.arange(8) == 2
-    )
+    update, _ = tx.update(per_example(loss_fn, params, spoiled), state, params, is_padding_example=np.zeros(8, bool))
+    without, _ = tx.update(per_example(loss_fn, params, batch), state, params, is_padding_example=np.arange(8) == 2)
     chex.assert_trees_all_equal(update, without)
-    empty, _ = tx.update(
-        per_example(loss_fn, params, spoiled), tx.init(params), params, is_padding_example=np.ones(8, bool)
-    )
+    empty, _ = tx.update(per_example(loss_fn, params, spoiled), state, params, is_padding_example=np.ones(8, bool))
     chex.assert_tree_all_finite(empty)
     assert float(optax.tree.norm(empty)) > 0
 
@@ -72,12 +67,9 @@ def test_fault_2_a_bad_example_or_an_empty_batch_stays_finite(bad, params, loss_
 def test_fault_3_noise_is_drawn_in_float32_and_cast_afterwards(key):
     low = jaxdp.dp_aggregate(make_plan(), key)
     params = jnp.zeros(5_000, jnp.bfloat16)
-    got, _ = low.update(
-        jnp.zeros((8, 5_000), jnp.bfloat16), low.init(params), params, is_padding_example=np.ones(8, bool)
-    )
-    wide, _ = low.update(
-        jnp.zeros((8, 5_000)), low.init(jnp.zeros(5_000)), jnp.zeros(5_000), is_padding_example=np.ones(8, bool)
-    )
+    state = low.init(params)
+    got, _ = low.update(jnp.zeros((8, 5_000), jnp.bfloat16), state, params, is_padding_example=np.ones(8, bool))
+    wide, _ = low.update(jnp.zeros((8, 5_000)), state, jnp.zeros(5_000), is_padding_example=np.ones(8, bool))
     assert got.dtype == jnp.bfloat16
     np.testing.assert_array_equal(got, wide.astype(jnp.bfloat16))
 
@@ -122,6 +114,14 @@ def test_a_state_of_another_plan_is_refused(params, loss_fn, batch, key):
         jaxdp.dp_aggregate(make_plan(2.0), key).update(grads, state, params, is_padding_example=np.zeros(8, bool))
     longer = jaxdp.dp_aggregate(make_plan(1.0, num_steps=30), key)  # the same mechanism
     longer.update(grads, state, params, is_padding_example=np.zeros(8, bool))
+
+
+def test_a_second_run_of_one_transformation_draws_other_noise(params, loss_fn, batch, key):
+    """S8: equal noise on two sums would cancel in their difference."""
+    tx, empty = jaxdp.dp_aggregate(make_plan(), key), np.ones(8, bool)
+    grads = per_example(loss_fn, params, batch)
+    first, second = (tx.update(grads, tx.init(params), params, is_padding_example=empty)[0] for _ in range(2))
+    assert float(jnp.abs(first["first"]["kernel"] - second["first"]["kernel"]).max()) > 1e-3
 
 
 def test_it_works_through_nnx_optimizer(batch, key):

@@ -35,14 +35,16 @@ def epsilon(
     """Returns the epsilon at `delta` of all `releases` together; infinite if any of them is un-noised.
 
     Raises:
-        ValueError: RDP was asked for a relation that it does not support with Poisson sampling (S11), or PLD for a delta
-            below 1e-14.
+        ValueError: RDP was asked for REPLACE_ONE, or PLD for a delta below 1e-14.
     """
     if accountant == "pld" and delta < _SMALLEST_PLD_DELTA:
         raise ValueError(
             f"delta={delta:g} is below {_SMALLEST_PLD_DELTA:g}, the least that the PLD accountant resolves; use a larger delta, or "
             "accountant='rdp'."
         )
+    if accountant == "rdp" and neighboring_relation == NeighboringRelation.REPLACE_ONE:
+        # RDP refuses Poisson sampling under it; without sampling it would answer for half the sensitivity (S11).
+        raise ValueError("the RDP accountant has no sound answer under REPLACE_ONE; use accountant='pld'.")
     kept = tuple(release for release in releases if release.num_steps > 0)
     if not kept:
         return 0.0
@@ -85,18 +87,14 @@ def _epsilon_rdp(releases: tuple[SampledGaussian, ...], delta: float, relation: 
     ledger = rdp.RdpAccountant(neighboring_relation=relation)
     with _quiet():
         for release in releases:
-            event = release.untruncated_dp_event()
-            if not ledger.supports(event):
-                raise ValueError(
-                    f"the RDP accountant does not support Poisson sampling under {relation.name}; use accountant='pld', or "
-                    "neighboring_relation=ADD_OR_REMOVE_ONE."
-                )
-            ledger.compose(event)
+            ledger.compose(release.untruncated_dp_event())
         # Truncated and untruncated runs differ with probability at most eta on each of two neighbors, so
         # P[M(D) in S] <= e^eps (P[M(D') in S] + eta) + delta' + eta: (eps, delta' + (1 + e^eps) eta)-DP.
         eta = sum(math.exp(release.log_overflow_prob()) for release in releases)
         guess = float(ledger.get_epsilon(delta))
         for _ in range(50):
+            if eta > 0 and guess > 700:
+                return math.inf
             charge = (1 + math.exp(min(guess, 700.0))) * eta
             if charge >= delta:
                 return math.inf

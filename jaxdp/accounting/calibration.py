@@ -43,8 +43,8 @@ def calibrate_noise_multiplier(
     guess = _clt_log_noise_multiplier(target_epsilon, target_delta, sampling_prob, num_steps)
     log_sigma = _solve(excess_with(num_examples), guess)
     excess = excess_with(padded_batch_size)
-    if log_sigma is not None and excess(log_sigma) > 1e-4 * target_epsilon:
-        log_sigma = _solve(excess, log_sigma)
+    if log_sigma is None or excess(log_sigma) > 1e-4 * target_epsilon:
+        log_sigma = _solve(excess, guess if log_sigma is None else log_sigma)
     if log_sigma is None:
         raise ValueError(
             f"no noise multiplier in [1e-2, 1e6] gives epsilon={target_epsilon:g} at delta={target_delta:g} with "
@@ -64,15 +64,20 @@ def _round_up(value: float) -> float:
 
 
 def _solve(excess: Callable[[float], float], start: float) -> float | None:
-    """The root of the decreasing function `excess`: walks outward from `start` until its sign changes, then bisects."""
+    """The root of the decreasing function `excess`: walks outward from `start` until its sign changes, then bisects.
+
+    Returns the smallest noise of all if even that meets the goal, and None if not even the largest does.
+    """
     position, stride = min(max(start, _SMALLEST), _LARGEST), 0.05
     upward = excess(position) > 0
-    while _SMALLEST <= (step := position + (stride if upward else -stride)) <= _LARGEST:
+    end = _LARGEST if upward else _SMALLEST
+    while position != end:
+        step = min(position + stride, end) if upward else max(position - stride, end)
         if (excess(step) > 0) != upward:
             low, high = min(position, step), max(position, step)
             return float(optimize.brentq(excess, low, high, xtol=2e-5))  # type: ignore[arg-type]
         position, stride = step, 2 * stride
-    return None
+    return None if upward else _SMALLEST
 
 
 def _clt_log_noise_multiplier(

@@ -25,7 +25,7 @@ import jaxdp
 from jaxdp import _validate
 from jaxdp.accounting import format_epsilon
 from jaxdp.checkpointing import Checkpointer
-from jaxdp.cli import run_folder
+from jaxdp.cli import interrupts, run_folder
 from jaxdp.cli.curve import EpsilonCurve, curve_png
 from jaxdp.clipping import ClippingPolicy, automatic, flat, per_layer, quantile
 from jaxdp.datasets import ImageDataset, load_digits, load_mnist
@@ -145,7 +145,7 @@ def run(config: Train) -> None:
     _model(config)
     dataset = _load(config)
     the_plan = make_plan(config, len(dataset.train_labels))
-    settings = {**resolved(config), "data_sha256": dataset.fingerprint()}
+    settings = {**resolved(config), "numpy": np.__version__}  # NumPy may change its random streams between releases
     if config.resume:
         folder = run_folder.interrupted_run_folder(config.out, config.dataset)
         run_folder.check_config(folder, settings)
@@ -206,6 +206,10 @@ def _train(
     if checkpointer.latest_step() is not None:
         state, extra = checkpointer.restore(state)
         progress = Progress(extra["losses"], extra["wall_seconds"])
+        if extra["data_sha256"] != dataset.fingerprint():
+            raise ValueError(
+                f"the training set is not the one that the run in {folder} began with; give it the same data, or start a new run."
+            )
         seed = np.random.SeedSequence(int(extra["sampling_entropy"]))
         print(f"resumed after step {state.step} of {the_plan.num_steps}")
     else:  # also a run that was killed before its first checkpoint: it has released nothing
@@ -213,7 +217,12 @@ def _train(
 
     def save() -> None:
         spent = progress.wall_seconds + time.perf_counter() - start
-        extra = {"sampling_entropy": str(seed.entropy), "losses": progress.losses, "wall_seconds": spent}
+        extra = {
+            "sampling_entropy": str(seed.entropy),
+            "data_sha256": dataset.fingerprint(),  # here and not in config.json: it could confirm a guess of the data
+            "losses": progress.losses,
+            "wall_seconds": spent,
+        }
         checkpointer.save(state, extra=extra)
 
     if checkpointer.latest_step() is None:
@@ -223,27 +232,23 @@ def _train(
     batches = poisson_batches(source, the_plan, seed, start_step=state.step)
     bar = tqdm(batches, total=the_plan.num_steps, initial=state.step, unit="step", disable=None)
     pending: list[jax.Array] = []  # losses still on the device: reading each at once would wait for each step
-    try:
+    with bar, interrupts.deferred() as interrupted:
         for batch, is_padding_example in bar:
             state, info = step(state, batch, is_padding_example)
             pending.append(info.not_private.mean_loss())
             last = state.step == the_plan.num_steps
-            if last or state.step % config.checkpoint_every == 0 or len(pending) == 20:
+            stop = interrupted() and not last
+            if last or stop or state.step % config.checkpoint_every == 0 or len(pending) == 20:
                 progress.losses += [float(value) for value in pending]
                 pending.clear()
                 epsilon = "none" if config.no_privacy else f"<={format_epsilon(curve.at_most(state.step))}"
                 bar.set_postfix_str(f"loss {progress.losses[-1]:.3f} (not private), epsilon {epsilon}")
-            if last or state.step % config.checkpoint_every == 0:
+            if last or stop or state.step % config.checkpoint_every == 0:
                 save()
-    except KeyboardInterrupt:
-        progress.losses += [float(value) for value in pending]
-        save()
-        hint = (
-            f"saved step {state.step} of {the_plan.num_steps}; go on with the same options and --resume --out {folder}"
-        )
-        raise KeyboardInterrupt(hint) from None
-    finally:
-        bar.close()
+            if stop:
+                raise KeyboardInterrupt(
+                    f"saved step {state.step} of {the_plan.num_steps}; go on with the same options and --resume --out {folder}"
+                )
     progress.wall_seconds += time.perf_counter() - start
     return state, progress
 
@@ -341,11 +346,7 @@ def _report(
     accuracy: float,
     progress: Progress,
 ) -> dict[str, Any]:
-    spent = state.ledger.epsilon(
-        delta=config.target_delta,
-        neighboring_relation=the_plan.neighboring_relation,
-        accountant=the_plan.accountant,
-    )
+    spent = the_plan.epsilon_so_far(state.ledger)
     peak_host_bytes, meter = _peak_host_memory()
     packages = ("jax", "jaxlib", "optax", "dp-accounting", "orbax-checkpoint", "numpy")
     return {

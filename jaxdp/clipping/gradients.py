@@ -86,7 +86,8 @@ class ClippedGrad:
     def sensitivity(self, relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE) -> float:
         """L2 bound on the change of the sum when one record changes in the sense of `relation`, at the policy's clip norms.
 
-        C = sqrt(sum_k C_k^2) when a record is added, removed or zeroed out; 2C when it is replaced by another (S1).
+        C = sqrt(sum_k C_k^2) when a record is added, removed, or replaced by one that contributes nothing; 2C when it is
+        replaced by another (S1).
         """
         return self.clipping.total_l2_clip_norm * (2.0 if relation == NeighboringRelation.REPLACE_ONE else 1.0)
 

@@ -133,7 +133,10 @@ class PerLayer:
 
     def _group_of(self, leaf: str) -> str:
         if callable(self.group_by):
-            return self.group_by(leaf)
+            name = self.group_by(leaf)
+            if not isinstance(name, str):
+                raise TypeError(f"group_by must return a layer name, it returned {name!r} for leaf {leaf!r}.")
+            return name
         if self.group_by == "leaf":
             return leaf
         parts = leaf.removesuffix("/value").split("/")  # an nnx.Variable adds `/value` to the path of its array
@@ -161,6 +164,16 @@ class PerLayer:
         if isinstance(self.l2_clip_norm, tuple):
             return math.sqrt(sum(c * c for _, c in self.l2_clip_norm))
         return self.l2_clip_norm
+
+    def __repr__(self) -> str:
+        # A function is named, not shown with its address: a plan must be recognized in another process.
+        by = repr(self.group_by)
+        if callable(self.group_by):
+            by = f"{self.group_by.__module__}.{self.group_by.__qualname__}"
+        return (
+            f"PerLayer(l2_clip_norm={self.l2_clip_norm!r}, noise_allocation={self.noise_allocation!r}, group_by={by}, "
+            f"split={self.split!r})"
+        )
 
     def __str__(self) -> str:
         return (
@@ -235,12 +248,13 @@ def automatic(l2_clip_norm: float = 1.0, *, gamma: float = 0.01) -> Automatic:
 
     Args:
         l2_clip_norm: C > 0 and finite.
-        gamma: Stability constant > 0, in units of the per-example gradient; small gradients shrink towards zero.
+        gamma: Stability constant, at least 1e-9, in units of the per-example gradient; small gradients shrink towards zero.
 
     Source: arXiv 2206.07136.
     """
     bound = _validate.clip_norm("l2_clip_norm", l2_clip_norm, allow_infinite=False)
-    return Automatic(bound, _validate.positive("gamma", gamma))
+    # A norm below 1e-13 may flush to zero in float32: gamma must stay far above it, or the factor C / gamma has no bound.
+    return Automatic(bound, _validate.clip_norm("gamma", gamma, allow_infinite=False))
 
 
 def per_layer(
@@ -296,7 +310,8 @@ def quantile(
 
         b = 1/2 + (sum_i (1[n_i <= C] - 1/2) + N(0, s_b^2)) / m,        C <- C * exp(-learning_rate * (b - target_quantile))
 
-    **Guarantee**: the shifted count has sensitivity 1/2, and the gradient is noised with the multiplier
+    **Guarantee**: under add-or-remove-one the shifted count has sensitivity 1/2 (1 if a record is replaced, as the gradient's
+    doubles too), and the gradient is noised with the multiplier
     z_grad = (z^-2 - (2 s_b)^-2)^(-1/2), so that gradient and count together are one Gaussian mechanism of the plan's
     noise multiplier z. C depends on earlier noisy outputs only (S12).
 

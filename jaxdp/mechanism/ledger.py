@@ -58,7 +58,7 @@ class Ledger:
         self,
         *,
         delta: float,
-        neighboring_relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
+        neighboring_relation: NeighboringRelation,
         accountant: AccountantName = "pld",
     ) -> float:
         """The epsilon of everything released so far, composed, at `delta`.
@@ -84,6 +84,6 @@ def _as_numpy(release: SampledGaussian) -> Any:
 
 
 def _same_mechanism(entry: SampledGaussian, plan: PrivacyPlan) -> bool:
-    # A tolerance, in case the state passed through float32 on its way.
+    # Compared in float32, in case the state passed through it on its way.
     theirs, ours = entry[:-1], plan.release(0)[:-1]
-    return bool(np.allclose(np.asarray(theirs, np.float64), np.asarray(ours, np.float64), rtol=1e-6, atol=0.0))
+    return all(np.float32(a) == np.float32(b) for a, b in zip(theirs, ours, strict=True))

@@ -6,7 +6,7 @@ import dataclasses
 import importlib.metadata
 import math
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dp_accounting
 from dp_accounting import NeighboringRelation
@@ -15,10 +15,13 @@ from jaxdp import _validate, accounting
 from jaxdp.accounting import AccountantName, SampledGaussian
 from jaxdp.clipping import ClippingPolicy, Quantile, check_policy
 
+if TYPE_CHECKING:
+    from jaxdp.mechanism.ledger import Ledger
+
 _RELATION_IN_WORDS = {
     NeighboringRelation.ADD_OR_REMOVE_ONE: "one record added or removed",
     NeighboringRelation.REPLACE_ONE: "one record replaced by another",
-    NeighboringRelation.REPLACE_SPECIAL: "one record zeroed out",
+    NeighboringRelation.REPLACE_SPECIAL: "one record replaced by one that contributes nothing, as padding does",
 }
 
 
@@ -78,23 +81,27 @@ class PrivacyPlan:
     def dp_event(self, num_steps: int | None = None) -> dp_accounting.DpEvent:
         """The `DpEvent` of `num_steps` steps, by default of the whole plan.
 
-        Truncated Poisson sampling has an event of its own, which only the PLD accountant takes. Pass `noise_multiplier`-based
-        events to an accountant built with this plan's `neighboring_relation` (S11).
+        Give it to an accountant built with this plan's `neighboring_relation`. Truncated Poisson sampling has an event of its
+        own, which PLD takes and RDP refuses; `epsilon()` charges for truncation under RDP as well.
         """
-        release = self.release(self._steps(num_steps))
-        return release.dp_event() if self.accountant == "pld" else release.untruncated_dp_event()
+        return self.release(self._steps(num_steps)).dp_event()
 
     def epsilon(self, *, num_steps: int | None = None, delta: float | None = None) -> float:
         """The epsilon spent by `num_steps` steps (default: the whole plan) at `delta` (default: `target_delta`)."""
-        if delta is None:
-            if self.target_delta is None:
-                raise ValueError("delta is not set: pass delta=... here, or target_delta=... to jaxdp.plan.")
-            delta = self.target_delta
         return accounting.epsilon(
             [self.release(self._steps(num_steps))],
-            _validate.probability("delta", delta, allow_one=False),
+            self._delta(delta),
             neighboring_relation=self.neighboring_relation,
             accountant=self.accountant,
+        )
+
+    def epsilon_so_far(self, ledger: Ledger, *, delta: float | None = None) -> float:
+        """The epsilon of all that a run has released, from its ledger, under this plan's relation and accountant.
+
+        Right after an early stop, a resumed run and a changed plan; see `Ledger.epsilon` for what a change may depend on.
+        """
+        return ledger.epsilon(
+            delta=self._delta(delta), neighboring_relation=self.neighboring_relation, accountant=self.accountant
         )
 
     def replace(self, *, num_steps: int) -> PrivacyPlan:
@@ -131,11 +138,19 @@ class PrivacyPlan:
             return (
                 f"The run is a Gaussian mechanism of noise multiplier {self.noise_multiplier:g}; epsilon needs a delta"
             )
+        if math.isinf(self.epsilon()):
+            return f"This run has NO guarantee at delta={self.target_delta:g}: its epsilon is infinite"
         return (
             f"The released model is ({accounting.format_epsilon(self.epsilon())}, {self.target_delta:g})-differentially private "
             f"with respect to {_RELATION_IN_WORDS[self.neighboring_relation]} ({self.neighboring_relation.name}) in a training "
             f"set of {self.num_examples} examples"
         )
+
+    def _delta(self, delta: float | None) -> float:
+        delta = self.target_delta if delta is None else delta
+        if delta is None:
+            raise ValueError("delta is not set: pass delta=... here, or target_delta=... to jaxdp.plan.")
+        return _validate.probability("delta", delta, allow_one=False)
 
     def _steps(self, num_steps: int | None) -> int:
         return self.num_steps if num_steps is None else _validate.nonnegative_integer("num_steps", num_steps)
@@ -194,9 +209,8 @@ def plan(
             f"{neighboring_relation!r}."
         )
     _validate.one_of("accountant", accountant, ("pld", "rdp"))
-    if accountant == "rdp" and neighboring_relation == NeighboringRelation.REPLACE_ONE:
-        # With Poisson sampling RDP refuses; without it, it would answer for half the sensitivity (S11).
-        raise ValueError("the RDP accountant has no sound answer under REPLACE_ONE; use accountant='pld'.")
+    # Asks for the epsilon of nothing: the accountant refuses a relation that it cannot answer for.
+    accounting.epsilon([], 0.5, neighboring_relation=neighboring_relation, accountant=accountant)
     if target_delta is not None:
         target_delta = _validate.probability("target_delta", target_delta, allow_one=False)
         if target_delta > 1 / num_examples:
@@ -218,7 +232,7 @@ def plan(
         raise ValueError(
             f"padded_batch_size={padded_batch_size} exceeds num_examples={num_examples}; no draw can be that large: leave it out."
         )
-    if padded_batch_size < sampling_prob * num_examples:
+    if padded_batch_size < sampling_prob * num_examples * (1 - 1e-9):
         raise ValueError(
             f"padded_batch_size={padded_batch_size} is below the expected batch size "
             f"{sampling_prob * num_examples:g}: most draws would be truncated. Raise it or "

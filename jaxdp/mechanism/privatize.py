@@ -12,13 +12,10 @@ from jaxdp import _validate
 from jaxdp._typing import Key
 from jaxdp.clipping import ClippedSum, Groups, Quantile
 from jaxdp.mechanism.privacy_plan import PrivacyPlan
-from jaxdp.noise import add_noise, allocate_stddevs
+from jaxdp.noise import add_noise, allocate_stddevs, standard_normal
 
 # Streams within one step's key.
 _GRADIENT_STREAM, _COUNT_STREAM = 0, 1
-
-# The clip norm of quantile clipping stays within this factor of its start: the range of float32 norms is not unlimited.
-_LARGEST_DRIFT = 1e6
 
 
 @jax.tree_util.register_dataclass
@@ -81,10 +78,8 @@ def privatize(
 def _follow_quantile(
     policy: Quantile, plan: PrivacyPlan, centered_count: jax.Array, clip_norms: jax.Array, *, key: Key
 ) -> jax.Array:
-    noisy_count = centered_count + plan.count_stddev * jax.random.normal(
-        key, centered_count.shape, centered_count.dtype
-    )
+    noise = standard_normal(key, centered_count.shape, centered_count.dtype)
+    noisy_count = centered_count + plan.count_stddev * noise
     unclipped_fraction = 0.5 + noisy_count / plan.expected_batch_size
     moved = clip_norms * jnp.exp(-policy.learning_rate * (unclipped_fraction - policy.target_quantile))
-    start = policy.initial_l2_clip_norm
-    return jnp.clip(moved, start / _LARGEST_DRIFT, start * _LARGEST_DRIFT)
+    return jnp.clip(moved, _validate.SMALLEST_CLIP_NORM, _validate.LARGEST_CLIP_NORM)

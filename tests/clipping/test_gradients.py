@@ -173,6 +173,35 @@ def test_non_finite_examples_contribute_zero_and_leave_the_others_alone(
     assert grad_fn._cache_size() == 1
 
 
+def test_a_non_finite_loss_with_a_finite_gradient_contributes_zero():
+    def loss(w, x):
+        return jnp.sum(w * x) + jax.lax.stop_gradient(1.0 / x[0])
+
+    grad_fn = jaxdp.clipped_grad(loss, clipping=jaxdp.flat(1.0))
+    total, not_private = grad_fn(jnp.zeros(2), jnp.array([[0.0, 0.3], [0.4, 0.0]]))
+    np.testing.assert_allclose(total, [0.4, 0.0])
+    assert not_private.contributed.tolist() == [False, True]
+
+
+def test_low_precision_gradients_are_rounded_before_norm_and_sum():
+    """S4(a): a barrier keeps XLA from reading an unrounded copy into one of the two. Nothing on CPU would show it."""
+
+    def barriers(dtype):
+        grad_fn = jaxdp.clipped_grad(lambda w, x: jnp.sum(w * x), clipping=jaxdp.flat(1.0))
+        return str(jax.make_jaxpr(grad_fn)(jnp.zeros(3, dtype), jnp.zeros((2, 3), dtype))).count("optimization_barrier")
+
+    assert barriers(jnp.bfloat16) == 1
+    assert barriers(jnp.float32) == 0
+
+
+def test_gradients_too_small_to_square_stay_bounded():
+    """Squares below 1e-38 flush to zero; AUTO-S must not turn that into C / gamma without bound."""
+    for policy in (jaxdp.flat(1e-9), jaxdp.automatic(1.0, gamma=1e-9)):
+        grad_fn = jaxdp.clipped_grad(lambda w, x: jnp.sum(w * x), clipping=policy)
+        total, _ = grad_fn(jnp.zeros(1000), jnp.full((1, 1000), 1e-20))
+        assert np.linalg.norm(np.float64(total)) <= policy.total_l2_clip_norm
+
+
 @pytest.mark.parametrize("content", [0.0, np.nan, np.inf, 1e20, 3.0])
 def test_padding_rows_change_nothing_whatever_they_hold(content, policy, params, loss_fn, batch):
     grad_fn = jaxdp.clipped_grad(loss_fn, clipping=policy)

@@ -8,6 +8,8 @@ import pytest
 
 import jaxdp
 
+ADD_REMOVE = jaxdp.NeighboringRelation.ADD_OR_REMOVE_ONE
+
 SETTINGS = {"num_examples": 1000, "expected_batch_size": 50, "clipping": jaxdp.flat(1.0), "target_delta": 1e-5}
 
 
@@ -17,7 +19,7 @@ def test_early_stop_is_charged_for_what_ran():
     for _ in range(40):
         ledger = ledger.record(plan)
     assert ledger.num_steps == 40
-    assert ledger.epsilon(delta=1e-5) == plan.epsilon(num_steps=40) < plan.epsilon()
+    assert ledger.epsilon(delta=1e-5, neighboring_relation=ADD_REMOVE) == plan.epsilon(num_steps=40) < plan.epsilon()
 
 
 def test_a_changed_plan_is_charged_for_both_parts():
@@ -26,7 +28,7 @@ def test_a_changed_plan_is_charged_for_both_parts():
     ledger = jaxdp.Ledger().record(quiet, 30).record(loud, 20).record(quiet, 5)
     assert [int(entry.num_steps) for entry in ledger.entries] == [30, 20, 5]
     assert ledger.num_steps_of(quiet) == 35
-    spent = ledger.epsilon(delta=1e-5)
+    spent = ledger.epsilon(delta=1e-5, neighboring_relation=ADD_REMOVE)
     assert quiet.epsilon(num_steps=35) < spent < quiet.epsilon(num_steps=55)
 
 

@@ -119,6 +119,33 @@ def test_the_count_has_sensitivity_one_half_and_padding_counts_zero():
     assert count(np.zeros(4, bool)) == 0.5
 
 
+def test_the_count_of_quantile_clipping_is_noised_with_its_std(key):
+    """log C moves by -rate * noise / m around its noiseless value: the noise is N(0, s_b^2), independent of the gradient's."""
+    policy = jaxdp.quantile(1.0, count_stddev=3.0, learning_rate=0.2)
+    the_plan = plan(1.0, clipping=policy)
+    groups, template = policy.groups(jnp.zeros(1)), jnp.zeros(1)
+
+    def one(step):
+        clipped = ClippedSum(template, jnp.array([7.0]))
+        result = jaxdp.privatize(clipped, groups, the_plan, jnp.array([1.0]), key=key, step=step)
+        return jnp.log(result.next_clip_norms[0]), result.mean[0]
+
+    moves, means = map(np.asarray, jax.vmap(one)(jnp.arange(20_000)))
+    noise = -moves / 0.2 * 50 - 7.0
+    assert stats.kstest(noise, stats.norm(0, 3.0).cdf).pvalue > 1e-3
+    assert stats.kstest(noise, stats.norm(0, 2.0).cdf).pvalue < 1e-6
+    assert abs(np.corrcoef(noise, means)[0, 1]) < 5 / np.sqrt(20_000)
+
+
+def test_an_adaptive_clip_norm_stays_where_float32_norms_are_exact(key):
+    policy = jaxdp.quantile(1e-9, count_stddev=3.0)
+    groups = policy.groups(jnp.zeros(1))
+    for count, start in ((1e9, 1e-9), (-1e9, 1e15)):
+        clipped = ClippedSum(jnp.zeros(1), jnp.array([count]))
+        result = jaxdp.privatize(clipped, groups, plan(1.0, clipping=policy), jnp.array([start]), key=key, step=0)
+        assert float(result.next_clip_norms[0]) == pytest.approx(start)
+
+
 def test_an_audit_of_one_release_stays_below_epsilon_and_catches_too_little_noise(key):
     """A threshold attack on one canary. From its error rates (99.9 % Clopper-Pearson) follows a lower bound on the mu of
     Gaussian DP, so on epsilon (arXiv 1905.02383): below the plan's epsilon, and above it with 2/3 of the noise."""
