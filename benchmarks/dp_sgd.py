@@ -223,6 +223,7 @@ def measure(config: Config, arguments: Sequence[str]) -> dict[str, Any]:
         "device": harness.device(),
         "environment": harness.environment(),
         "versions": harness.versions(packages),
+        "jaxdp_source_digest": harness.source_digest("jaxdp"),
         "config": {
             "model": {"name": config.model, **dataclasses.asdict(problem.model)},
             "num_params": sum(leaf.size for leaf in problem.params().values()),

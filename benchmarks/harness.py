@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 import importlib.metadata
 import json
@@ -162,6 +163,15 @@ def versions(distributions: Iterable[str]) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:  # run from a source tree
             found[name] = getattr(importlib.import_module(name), "__version__", "unknown")
     return found
+
+
+def source_digest(package: str) -> str:
+    """A fingerprint of a package's Python files, since a version number does not change with every edit."""
+    digest = hashlib.sha256()
+    root = Path(str(importlib.import_module(package).__file__)).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def command(module: str, arguments: Sequence[str]) -> str:

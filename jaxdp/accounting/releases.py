@@ -28,6 +28,7 @@ class SampledGaussian(NamedTuple):
 
     @property
     def truncates(self) -> bool:
+        # At N the mechanism never truncates: with one record more it would pad to N + 1, and nothing released shows which.
         return self.padded_batch_size < self.num_examples
 
     def dp_event(self) -> dp_accounting.DpEvent:
