@@ -77,7 +77,9 @@ def test_a_killed_run_resumes_to_the_same_parameters_bit_for_bit(tmp_path):
     while not (run_dir / "checkpoints" / "0" / "commit_success.txt").exists() and time.time() < deadline:
         time.sleep(0.01)
     twin = tmp_path / "twin"
+    process.send_signal(signal.SIGSTOP)  # files must not move while they are copied
     subprocess.run(["cp", "-r", str(run_dir), str(twin)], check=True)
+    process.send_signal(signal.SIGCONT)
     for folder in (twin / "checkpoints").iterdir():  # the twin starts from step 0 again
         if folder.name != "0":
             subprocess.run(["rm", "-r", str(folder)], check=True)
