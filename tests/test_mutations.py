@@ -35,8 +35,8 @@ MUTATIONS = {
     ),
     "noise_in_bfloat16": Mutation(
         "jaxdp/noise.py",
-        "jax.random.normal(jax.random.fold_in(key, index), leaf.shape, leaf.dtype)",
-        "jax.random.normal(jax.random.fold_in(key, index), leaf.shape, jnp.bfloat16).astype(leaf.dtype)",
+        "draw = standard_normal(jax.random.fold_in(key, index), leaf.shape, leaf.dtype)",
+        "draw = jax.random.normal(jax.random.fold_in(key, index), leaf.shape, jnp.bfloat16).astype(leaf.dtype)",
         f"{PRIVATIZE} float32",
     ),
     "wrong_divisor": Mutation(
@@ -140,7 +140,10 @@ MUTATIONS = {
         "jaxdp/mechanism/ledger.py", "if spent >= plan.num_steps:", "if False:", "tests/test_training.py refused"
     ),
     "past_steps_forgotten": Mutation(
-        "jaxdp/mechanism/ledger.py", "return Ledger((*entries, ", "return Ledger((", "tests/mechanism/test_ledger.py changed_plan"
+        "jaxdp/mechanism/ledger.py",
+        "return Ledger((*entries, ",
+        "return Ledger((*entries[:0], ",
+        "tests/mechanism/test_ledger.py changed_plan",
     ),
     "update_past_the_plan": Mutation(
         "jaxdp/transforms.py",

@@ -83,6 +83,11 @@ def test_the_tails_of_the_noise_reach_nine_standard_deviations():
     assert np.all(np.isfinite(extremes))
 
 
+def test_standard_normal_uses_all_bits_for_its_tails(monkeypatch, key):
+    monkeypatch.setattr(jax.random, "bits", lambda key, shape, dtype: jnp.zeros(shape, dtype))
+    assert np.all(np.asarray(standard_normal(key, (3,), jnp.float32)) < -9)
+
+
 @pytest.mark.parametrize("tail", [1e-3, 1e-6, 1e-10, 1e-15])
 def test_the_tails_of_the_noise_are_the_normal_ones(tail):
     """The law at given random bits, against scipy, deep into the tail."""
