@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -83,6 +84,12 @@ def clip_norm(name: str, value: Any, *, allow_infinite: bool = True) -> float:
             f"enough to bound a sum; got {value!r}. Rescale the loss instead."
         )
     return result
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """The entries in which two records differ, as `name: 1 there, 2 here; ...`; empty if there are none."""
+    names = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
+    return "; ".join(f"{name}: {there.get(name)!r} there, {here.get(name)!r} here" for name in names)
 
 
 def leaf_name(path: Any) -> str:

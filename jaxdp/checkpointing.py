@@ -144,18 +144,12 @@ class Checkpointer:
             raise CheckpointError(
                 f"checkpoint {step} in {self._directory} has another format; restore it with the jaxdp that wrote it."
             )
-        ours, theirs = plan_to_json(self._plan), metadata["plan"]
-        differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-        if differing:
-            listing = "; ".join(f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here" for name in differing)
+        if listing := _validate.differences(metadata["plan"], plan_to_json(self._plan)):
             raise CheckpointError(
                 f"checkpoint {step} in {self._directory} belongs to another plan ({listing}). Resume with the plan that wrote "
                 "it, or start a new run in another folder."
             )
-        saved = metadata["arrays"]
-        differing = sorted(name for name in shapes.keys() | saved.keys() if shapes.get(name) != saved.get(name))
-        if differing:
-            listing = "; ".join(f"{name}: {saved.get(name)} there, {shapes.get(name)} here" for name in differing)
+        if listing := _validate.differences(metadata["arrays"], shapes):
             raise CheckpointError(
                 f"checkpoint {step} in {self._directory} does not fit the model or optimizer of this run ({listing}). Restore it "
                 "into the state that init(params) makes with the same model and optimizer."

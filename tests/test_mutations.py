@@ -136,6 +136,12 @@ MUTATIONS = {
     "truncation_free_of_charge": Mutation(
         "jaxdp/accounting/releases.py", "if not self.truncates:", "if True:", "tests/test_accounting.py truncation_is_charged"
     ),
+    "calibration_just_misses_its_goal": Mutation(
+        "jaxdp/accounting/calibration.py",
+        "    while excess(math.log(sigma)) > 0:",
+        "    sigma *= 0.9999\n    while False:",
+        "tests/test_accounting.py calibration",
+    ),
     "budget_not_checked": Mutation(
         "jaxdp/mechanism/ledger.py", "if spent >= plan.num_steps:", "if False:", "tests/test_training.py refused"
     ),

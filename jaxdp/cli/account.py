@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import rich.box
@@ -21,13 +21,10 @@ import tyro
 import jaxdp
 from jaxdp import NeighboringRelation, _validate
 from jaxdp.accounting import AccountantName, format_epsilon
+from jaxdp.cli import options
 
 ACCOUNTANTS: tuple[AccountantName, ...] = ("pld", "rdp")
 PLOT_FORMATS = (".png", ".pdf", ".svg")
-
-
-def _arg(hint: str, metavar: str | None = None) -> Any:
-    return tyro.conf.arg(help_behavior_hint=f"({hint})", metavar=metavar)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,25 +42,27 @@ class Account:
     """Size of the training set."""
     delta: float
     """The delta of every epsilon; well below 1 / number of examples."""
-    noise_multiplier: Annotated[tuple[float, ...], _arg("or --target-epsilon", "SIGMA [SIGMA ...]")] = ()
+    noise_multiplier: Annotated[tuple[float, ...], options.hint("or --target-epsilon", "SIGMA [SIGMA ...]")] = ()
     """Noise std over clip norm, one or several: prints their epsilon."""
-    target_epsilon: Annotated[tuple[float, ...], _arg("or --noise-multiplier", "EPSILON [EPSILON ...]")] = ()
+    target_epsilon: Annotated[tuple[float, ...], options.hint("or --noise-multiplier", "EPSILON [EPSILON ...]")] = ()
     """Privacy goals, one or several: prints the noise multipliers that reach them."""
-    expected_batch_size: Annotated[float | None, _arg("or --sampling-prob", "FLOAT")] = None
+    expected_batch_size: Annotated[float | None, options.hint("or --sampling-prob", "FLOAT")] = None
     """Mean size of the Poisson batches."""
-    sampling_prob: Annotated[float | None, _arg("or --expected-batch-size", "FLOAT")] = None
+    sampling_prob: Annotated[float | None, options.hint("or --expected-batch-size", "FLOAT")] = None
     """Probability of each example to enter a batch; 1 for full batches."""
-    num_steps: Annotated[int | None, _arg("or --epochs", "INT")] = None
+    num_steps: Annotated[int | None, options.hint("or --epochs", "INT")] = None
     """Number of steps."""
-    epochs: Annotated[float | None, _arg("or --num-steps", "FLOAT")] = None
+    epochs: Annotated[float | None, options.hint("or --num-steps", "FLOAT")] = None
     """Expected passes over the data, rounded up to whole steps."""
-    neighboring_relation: Literal["add-or-remove-one", "replace-one", "replace-special"] = "add-or-remove-one"
+    neighboring_relation: options.RelationName = "add-or-remove-one"
     """Which data sets the guarantee makes hard to tell apart."""
-    padded_batch_size: Annotated[int | None, _arg("default: chosen so that truncation costs nothing", "INT")] = None
+    padded_batch_size: Annotated[
+        int | None, options.hint("default: chosen so that truncation costs nothing", "INT")
+    ] = None
     """Rows of a padded batch; larger draws are truncated, and charged for."""
-    json: Annotated[tyro.conf.FlagCreatePairsOff[bool], _arg("default: a table")] = False
+    json: Annotated[tyro.conf.FlagCreatePairsOff[bool], options.hint("default: a table")] = False
     """Print JSON to standard output, and nothing else."""
-    plot: Annotated[Path | None, _arg("default: none", "FILE")] = None
+    plot: Annotated[Path | None, options.hint("default: none", "FILE")] = None
     """Also draw the noise multiplier against epsilon, as .png, .pdf or .svg."""
 
 
@@ -160,19 +159,17 @@ def _plan(config: Account, accountant: AccountantName, **goal: float) -> jaxdp.P
         sampling_prob=config.sampling_prob,
         expected_batch_size=None if config.sampling_prob is not None else config.expected_batch_size,
         target_delta=config.delta,
-        neighboring_relation=_relation(config),
+        neighboring_relation=options.relation(config.neighboring_relation),
         padded_batch_size=config.padded_batch_size,
         accountant=accountant,
         **goal,
     )
 
 
-def _relation(config: Account) -> NeighboringRelation:
-    return NeighboringRelation[config.neighboring_relation.replace("-", "_").upper()]
-
-
 def _supports(config: Account, accountant: AccountantName) -> bool:
-    return not (accountant == "rdp" and _relation(config) is NeighboringRelation.REPLACE_ONE)  # S11
+    return not (
+        accountant == "rdp" and options.relation(config.neighboring_relation) is NeighboringRelation.REPLACE_ONE
+    )  # S11
 
 
 _UNSUPPORTED = "unsupported with Poisson sampling under REPLACE_ONE"
@@ -232,7 +229,7 @@ def _as_json(
         "num_steps": config.num_steps,
         "epochs": config.epochs,
         "delta": config.delta,
-        "neighboring_relation": _relation(config).name,
+        "neighboring_relation": options.relation(config.neighboring_relation).name,
         "target_epsilon": list(config.target_epsilon),
         "noise_multiplier": list(config.noise_multiplier),
         "accountants": {
@@ -266,7 +263,7 @@ def _print_table(config: Account, bases: dict[AccountantName, jaxdp.PrivacyPlan]
     lines = [
         f"{config.num_examples} examples, each in a batch with probability {config.sampling_prob:.6g} (expected batch size "
         f"{config.expected_batch_size:.6g}), {config.num_steps} steps ({config.epochs:.4g} epochs)",
-        f"delta {config.delta:g}, neighboring relation {_relation(config).name}",
+        f"delta {config.delta:g}, neighboring relation {options.relation(config.neighboring_relation).name}",
         table,
         f"Batches padded to {padding}{'; larger draws are truncated, which is charged for' if truncated else ''}.",
         "Every epsilon is rounded up." if config.noise_multiplier else "Every noise multiplier is rounded up.",
@@ -337,7 +334,8 @@ def _draw(config: Account, rows: Sequence[Row], path: Path) -> None:
         each.set_major_formatter(ticker.FormatStrFormatter("%g"))
         each.set_minor_locator(ticker.NullLocator())
     axis.set_title(
-        f"N={config.num_examples}, q={config.sampling_prob:.4g}, T={config.num_steps}, {_relation(config).name}",
+        f"N={config.num_examples}, q={config.sampling_prob:.4g}, T={config.num_steps}, "
+        f"{options.relation(config.neighboring_relation).name}",
         fontsize="medium",
     )
     axis.grid(True, alpha=0.3)

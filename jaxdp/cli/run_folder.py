@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from jaxdp import _validate
+
 _CONFIG = "config.json"
 
 
@@ -82,9 +84,7 @@ def check_config(folder: Path, config: dict[str, Any]) -> None:
         saved = json.loads((folder / _CONFIG).read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"cannot read {folder / _CONFIG}: {error}; start a new run in another folder.") from error
-    differing = sorted(key for key in saved.keys() | config.keys() if saved.get(key) != config.get(key))
-    if differing:
-        listing = "; ".join(f"{key}: {saved.get(key)!r} there, {config.get(key)!r} here" for key in differing)
+    if listing := _validate.differences(saved, config):
         raise ValueError(
             f"the run in {folder} was started with other settings ({listing}). Give the same settings to resume "
             "it, or start a new run in another folder."

@@ -18,14 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from dp_accounting import NeighboringRelation
 from tqdm.auto import tqdm
 
 import jaxdp
 from jaxdp import _validate
 from jaxdp.accounting import format_epsilon
 from jaxdp.checkpointing import Checkpointer
-from jaxdp.cli import interrupts, run_folder
+from jaxdp.cli import interrupts, options, run_folder
 from jaxdp.cli.curve import EpsilonCurve, curve_png
 from jaxdp.clipping import ClippingPolicy, automatic, flat, per_layer, quantile
 from jaxdp.datasets import ImageDataset, load_digits, load_mnist
@@ -56,16 +55,14 @@ DEFAULTS = {
 }
 
 
-def _default(hint: str) -> Any:
-    return tyro.conf.arg(help_behavior_hint=f"(default: {hint})")
-
-
 def _default_of(name: str, without_privacy: str | None = None) -> Any:
-    def hint(values: Defaults) -> str:
+    def value(values: Defaults) -> str:
         text = str(getattr(values, name) or "all")
         return f"{text} ({getattr(values, without_privacy)} without privacy)" if without_privacy else text
 
-    return _default(", ".join(f"{hint(values)} for {dataset}" for dataset, values in DEFAULTS.items()))
+    return options.hint(
+        "default: " + ", ".join(f"{value(values)} for {dataset}" for dataset, values in DEFAULTS.items())
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,20 +79,20 @@ class Train:
 
     dataset: Literal["digits", "mnist"] = "digits"
     """digits comes with scikit-learn; mnist reads its four IDX files from --data-dir."""
-    data_dir: Annotated[Path | None, _default("none")] = None
+    data_dir: Annotated[Path | None, options.hint("default: none")] = None
     """Folder of the MNIST files, gzipped or not."""
     model: Annotated[Literal["mlp", "cnn"] | None, _default_of("model")] = None
     """mlp has one hidden layer; cnn takes 28 x 28 images."""
 
-    target_epsilon: Annotated[float | None, _default("3, unless --noise-multiplier is given")] = None
+    target_epsilon: Annotated[float | None, options.hint("default: 3, unless --noise-multiplier is given")] = None
     """The privacy goal."""
     target_delta: float = 1e-5
     """The delta of the goal; well below 1 / number of examples."""
-    noise_multiplier: Annotated[float | None, _default("calibrated to the goal")] = None
+    noise_multiplier: Annotated[float | None, options.hint("default: calibrated to the goal")] = None
     """Noise std over clip norm, instead of a goal."""
     expected_batch_size: Annotated[float | None, _default_of("expected_batch_size")] = None
     """Mean size of the Poisson batches."""
-    sampling_prob: Annotated[float | None, _default("from --expected-batch-size")] = None
+    sampling_prob: Annotated[float | None, options.hint("default: from --expected-batch-size")] = None
     """Probability of each example to enter a batch, instead of its mean size."""
     num_steps: Annotated[int | None, _default_of("num_steps")] = None
     """Number of steps."""
@@ -105,9 +102,9 @@ class Train:
     """Clip norm; the first one under quantile."""
     noise_allocation: Literal["global", "equal_budget", "least_energy"] = "global"
     """How per-layer clipping divides its noise."""
-    neighboring_relation: Literal["add-or-remove-one", "replace-one", "replace-special"] = "add-or-remove-one"
+    neighboring_relation: options.RelationName = "add-or-remove-one"
     """Which data sets the guarantee makes hard to tell apart."""
-    padded_batch_size: Annotated[int | None, _default("chosen so that truncation costs nothing")] = None
+    padded_batch_size: Annotated[int | None, options.hint("default: chosen so that truncation costs nothing")] = None
     """Rows of a padded batch; larger draws are truncated, and charged for."""
     accountant: Literal["pld", "rdp"] = "pld"
     """pld is tight; rdp is what older papers report."""
@@ -125,7 +122,7 @@ class Train:
 
     microbatch_size: Annotated[int | None, _default_of("microbatch_size")] = None
     """Examples differentiated at once: bounds memory, changes nothing else."""
-    out: Annotated[Path | None, _default("runs/<dataset>, or runs/<dataset>-2 and so on")] = None
+    out: Annotated[Path | None, options.hint("default: runs/<dataset>, or runs/<dataset>-2 and so on")] = None
     """Output folder. Its checkpoints hold the noise key: keep them secret."""
     resume: Flag[bool] = False
     """Go on with the run in --out, or with the newest interrupted one of this data set; other settings must be the same."""
@@ -157,7 +154,7 @@ def run(config: Train) -> None:
         state, progress = _train(config, dataset, the_plan, checkpointer, folder)
     accuracy = _test_accuracy(_model(config)[1], state.params, dataset)
     report = _report(config, the_plan, state, dataset, accuracy, progress)
-    curve = EpsilonCurve(the_plan.replace(num_steps=state.step))
+    curve = EpsilonCurve(the_plan)
     title = f"{dataset.name}: test accuracy {accuracy:.3f}"
     run_folder.write_bytes(
         folder / "curve.png", curve_png(progress.losses, curve, title=title, private=not config.no_privacy)
@@ -192,6 +189,7 @@ def _train(
     config: Train, dataset: ImageDataset, the_plan: PrivacyPlan, checkpointer: Checkpointer, folder: Path
 ) -> tuple[TrainingState, Progress]:
     start = time.perf_counter()
+    fingerprint = dataset.fingerprint()
     init_params, logits = _model(config)
     scale = 1.0 / dataset.max_pixel
 
@@ -206,7 +204,7 @@ def _train(
     if checkpointer.latest_step() is not None:
         state, extra = checkpointer.restore(state)
         progress = Progress(extra["losses"], extra["wall_seconds"])
-        if extra["data_sha256"] != dataset.fingerprint():
+        if extra["data_sha256"] != fingerprint:
             raise ValueError(
                 f"the training set is not the one that the run in {folder} began with; give it the same data, or start a new run."
             )
@@ -219,7 +217,7 @@ def _train(
         spent = progress.wall_seconds + time.perf_counter() - start
         extra = {
             "sampling_entropy": str(seed.entropy),
-            "data_sha256": dataset.fingerprint(),  # here and not in config.json: it could confirm a guess of the data
+            "data_sha256": fingerprint,  # here and not in config.json: it could confirm a guess of the data
             "losses": progress.losses,
             "wall_seconds": spent,
         }
@@ -271,7 +269,7 @@ def make_plan(config: Train, num_examples: int) -> PrivacyPlan:
         sampling_prob=config.sampling_prob,
         clipping=_clipping(config, settings["l2_clip_norm"]),
         target_delta=config.target_delta,
-        neighboring_relation=NeighboringRelation[config.neighboring_relation.replace("-", "_").upper()],
+        neighboring_relation=options.relation(config.neighboring_relation),
         padded_batch_size=config.padded_batch_size,
         accountant=config.accountant,
         **goal,

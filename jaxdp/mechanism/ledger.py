@@ -68,7 +68,7 @@ class Ledger:
         """
         _validate.probability("delta", delta, allow_one=False)
         _validate.one_of("accountant", accountant, ("pld", "rdp"))
-        releases = [SampledGaussian(*(value.item() for value in map(np.asarray, entry))) for entry in self.entries]
+        releases = [SampledGaussian(**row) for row in self.to_json()]
         return accounting.epsilon(releases, delta, neighboring_relation=neighboring_relation, accountant=accountant)
 
     def to_json(self) -> list[dict[str, Any]]:
