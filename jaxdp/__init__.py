@@ -8,16 +8,19 @@ from jaxdp._validate import BudgetExhaustedError as BudgetExhaustedError
 # Interruption and resumption.
 from jaxdp.checkpointing import Checkpointer as Checkpointer, CheckpointError as CheckpointError
 from jaxdp.clipping import (
-    ClippedGrad as ClippedGrad,
     ClippedSum as ClippedSum,
     ClippingPolicy as ClippingPolicy,
-    NotPrivate as NotPrivate,
     automatic as automatic,
     clip_and_sum as clip_and_sum,
-    clipped_grad as clipped_grad,
     flat as flat,
     per_layer as per_layer,
     quantile as quantile,
+)
+from jaxdp.gradients import (
+    ClippedGrad as ClippedGrad,
+    Explanation as Explanation,
+    NotPrivate as NotPrivate,
+    clipped_grad as clipped_grad,
 )
 from jaxdp.mechanism import (
     Ledger as Ledger,

@@ -14,7 +14,7 @@ from jax.core import Tracer
 
 from jaxdp import _validate
 from jaxdp._typing import Batch, Key, LossFn, Params
-from jaxdp.clipping import NotPrivate, clipped_grad
+from jaxdp.gradients import Method, NotPrivate, clipped_grad
 from jaxdp.mechanism import Ledger, PrivacyPlan, check_batch, check_plan, privatize
 from jaxdp.noise import secret_key
 
@@ -72,6 +72,7 @@ def make_dp_step(
     *,
     has_aux: bool = False,
     microbatch_size: int | None = None,
+    method: Method = "auto",
 ) -> tuple[InitFn, StepFn]:
     """Makes the two functions of a DP-SGD run.
 
@@ -87,6 +88,7 @@ def make_dp_step(
         plan: The privacy numbers, from `jaxdp.plan`.
         has_aux: As in `jax.grad`.
         microbatch_size: Rows differentiated at once; bounds memory and changes nothing else.
+        method: How the clipped sum is computed, as in `clipped_grad`; changes nothing else.
 
     Returns:
         `init(params, *, noise_key=None) -> TrainingState` copies `params` and, by default, draws the noise key from the
@@ -99,7 +101,11 @@ def make_dp_step(
     Source: DP-SGD, arXiv 1607.00133.
     """
     grad_fn = clipped_grad(
-        loss_fn, clipping=check_plan(plan).clipping, has_aux=has_aux, microbatch_size=microbatch_size
+        loss_fn,
+        clipping=check_plan(plan).clipping,
+        has_aux=has_aux,
+        microbatch_size=microbatch_size,
+        method=method,
     )
     if not isinstance(tx, optax.GradientTransformation):
         raise TypeError(f"tx must be an optax.GradientTransformation, such as optax.adam(1e-3); got {tx!r}.")

@@ -8,7 +8,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = {
     0: ["pallas_kernels", "jaxdp._typing", "jaxdp._validate"],
     1: ["jaxdp.sampling", "jaxdp.clipping", "jaxdp.noise", "jaxdp.accounting", "jaxdp.models", "jaxdp.datasets"],
-    2: ["jaxdp.mechanism"],
+    2: ["jaxdp.mechanism", "jaxdp.gradients"],
     3: ["jaxdp.transforms", "jaxdp.checkpointing"],
     4: ["jaxdp.training"],
     5: ["jaxdp"],

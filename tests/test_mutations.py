@@ -24,7 +24,8 @@ class Mutation:
     tests: str  # a file of tests, and after a space an expression for -k
 
 
-GRADIENTS = "tests/clipping/test_gradients.py"
+GRADIENTS = "tests/gradients/test_clipped_grad.py"
+ZOO = "tests/gradients/test_zoo.py"
 PRIVATIZE = "tests/mechanism/test_privatize.py"
 MUTATIONS = {
     "noise_removed": Mutation(
@@ -64,31 +65,31 @@ MUTATIONS = {
         "jaxdp/noise.py", "secrets.token_bytes(8)", "bytes(8)", "tests/test_noise.py secret"
     ),
     "mask_ignored": Mutation(
-        "jaxdp/clipping/gradients.py",
-        "counts = ~rows_are_padding & jnp.isfinite(loss)",
-        "counts = jnp.isfinite(loss)",
+        "jaxdp/gradients/methods.py",
+        "return ~self.is_padding & jnp.isfinite(loss)",
+        "return jnp.isfinite(loss)",
         f"{GRADIENTS} padding",
     ),
     "padded_row_summed": Mutation(
         "jaxdp/clipping/aggregation.py",
-        "keep = counts & jnp.all(jnp.isfinite(norms), axis=1)",
-        "keep = jnp.all(jnp.isfinite(norms), axis=1)",
+        "keep = counts[:, None] & jnp.isfinite(norms)",
+        "keep = jnp.isfinite(norms)",
         f"{GRADIENTS} padding",
     ),
     "non_finite_example_multiplied_by_zero": Mutation(
         "jaxdp/clipping/aggregation.py",
-        "rows = jnp.where(keep[:, None], rows, 0.0)",
+        "rows = jnp.where(keep[:, group, None], rows, 0.0)",
         "rows = rows * 1.0",
-        f"{GRADIENTS} non_finite",
+        "tests/test_transforms.py finite",
     ),
     "norm_in_the_leaf_dtype": Mutation(
         "jaxdp/clipping/aggregation.py",
         "wide = leaf.astype(_accumulator(leaf.dtype))",
         "wide = leaf",
-        f"{GRADIENTS} float16 or stored",
+        f"{GRADIENTS} float16",
     ),
     "replace_one_not_doubled": Mutation(
-        "jaxdp/clipping/gradients.py", "(2.0 if relation", "(1.0 if relation", f"{GRADIENTS} sensitivity"
+        "jaxdp/gradients/clipped_grad.py", "(2.0 if relation", "(1.0 if relation", f"{GRADIENTS} sensitivity"
     ),
     "group_noise_of_each_group_alone": Mutation(
         "jaxdp/noise.py", "noise_multiplier * np.sqrt(len(sizes)).item() * clip_norms", "noise_multiplier * clip_norms",
@@ -111,8 +112,8 @@ MUTATIONS = {
     ),
     "padding_counted_as_clipped": Mutation(
         "jaxdp/clipping/aggregation.py",
-        "jnp.where(keep[:, None], unclipped - 0.5, 0.0)",
-        "jnp.where(keep[:, None], unclipped - 0.5, -0.5)",
+        "jnp.where(keep, unclipped - 0.5, 0.0)",
+        "jnp.where(keep, unclipped - 0.5, -0.5)",
         f"{PRIVATIZE} one_half",
     ),
     "truncation_keeps_the_first": Mutation(

@@ -1,11 +1,9 @@
 """Bound each example's contribution, then sum."""
 
-from jaxdp.clipping.aggregation import ClippedSum as ClippedSum, clip_and_sum as clip_and_sum
-from jaxdp.clipping.gradients import (
-    ClippedGrad as ClippedGrad,
-    NotPrivate as NotPrivate,
-    check_policy as check_policy,
-    clipped_grad as clipped_grad,
+from jaxdp.clipping.aggregation import (
+    ClippedSum as ClippedSum,
+    clip_and_sum as clip_and_sum,
+    clipping_factors as clipping_factors,
 )
 from jaxdp.clipping.policies import (
     Automatic as Automatic,
@@ -16,6 +14,7 @@ from jaxdp.clipping.policies import (
     PerLayer as PerLayer,
     Quantile as Quantile,
     automatic as automatic,
+    check_policy as check_policy,
     flat as flat,
     per_layer as per_layer,
     quantile as quantile,

@@ -52,6 +52,30 @@ def per_example_norms(per_example: Any, groups: Groups) -> jax.Array:
     return jnp.sqrt(jnp.stack([sum(part.astype(widest) for part in parts) for parts in squares], axis=1))
 
 
+def clipping_factors(
+    norms: jax.Array, policy: ClippingPolicy, clip_norms: jax.Array, *, counts: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """From the norms of each example to what it is multiplied by.
+
+        c_ik = keep_ik * factor(n_ik, C_k),        keep_ik = counts_i and n_ik is finite
+
+    Args:
+        norms: n_ik, `[B, K]`.
+        policy: How one example is bounded.
+        clip_norms: C_k, `[K]`.
+        counts: Bool `[B]`; False for padding and for examples already known to be non-finite.
+
+    Returns:
+        c, `[B, K]`; keep, bool `[B, K]`; and the centered count of `ClippedSum`, `[K]`.
+    """
+    keep = counts[:, None] & jnp.isfinite(norms)  # S9
+    bounds = clip_norms.astype(norms.dtype)[None, :]  # [1, K]
+    factors = jnp.where(keep, policy.factors(norms, bounds), 0.0)
+    unclipped = (norms <= bounds).astype(jnp.float32)
+    centered_count = jnp.sum(jnp.where(keep, unclipped - 0.5, 0.0), axis=0)  # padding adds 0, not -1/2
+    return factors, keep, centered_count
+
+
 def clip_and_sum(
     per_example: Any,
     policy: ClippingPolicy,
@@ -62,11 +86,11 @@ def clip_and_sum(
 ) -> tuple[ClippedSum, jax.Array, jax.Array]:
     """Clips each example's vector by the policy and sums over the examples.
 
-        n_ik = ||g_ik||;   c_ik = keep_i * factor(n_ik, C_k);   S_k = sum_i c_ik g_ik
+        n_ik = ||g_ik||;   c_ik = keep_ik * factor(n_ik, C_k);   S_k = sum_i c_ik g_ik
 
     **Guarantee**: adding or removing one example moves `value` by at most sqrt(sum_k C_k^2) in L2 norm, and
-    `centered_count` by at most 1/2 in each entry. An example with a non-finite entry, or whose squared norm overflows
-    float32, contributes zero, and nothing is raised (S9).
+    `centered_count` by at most 1/2 in each entry. Where an example has a non-finite entry in a group, or its squared norm
+    overflows float32, it contributes zero to that group, and nothing is raised (S9).
 
     Args:
         per_example: Pytree of arrays `[B, *shape]`.
@@ -76,24 +100,20 @@ def clip_and_sum(
         counts: Bool `[B]`; False for padding and for examples already known to be non-finite.
 
     Returns:
-        The clipped sum, the per-example norms `[B, K]`, and the bool `[B]` of the examples that were summed. The last two
-        are private.
+        The clipped sum, the per-example norms `[B, K]`, and keep, bool `[B, K]`: who was summed where. The last two are
+        private.
     """
     per_example = jax.tree.map(_round_first, per_example)
     norms = per_example_norms(per_example, groups)
-    keep = counts & jnp.all(jnp.isfinite(norms), axis=1)
-    bounds = clip_norms.astype(norms.dtype)[None, :]  # [1, K]
-    factors = jnp.where(keep[:, None], policy.factors(norms, bounds), 0.0)
+    factors, keep, centered_count = clipping_factors(norms, policy, clip_norms, counts=counts)
 
     def weighted_sum(leaf: jax.Array, group: int) -> jax.Array:
         dtype = _accumulator(leaf.dtype)
         rows = leaf.reshape(leaf.shape[0], -1).astype(dtype)
-        rows = jnp.where(keep[:, None], rows, 0.0)  # S9: zero before the product, since 0 * inf is NaN
+        rows = jnp.where(keep[:, group, None], rows, 0.0)  # S9: zero before the product, since 0 * inf is NaN
         total = jnp.matmul(factors[:, group].astype(dtype), rows, precision=lax.Precision.HIGHEST)  # S4(a)
         return total.reshape(leaf.shape[1:])
 
     leaves, treedef = jax.tree.flatten(per_example)
     value = treedef.unflatten([weighted_sum(*pair) for pair in zip(leaves, groups.leaf_groups, strict=True)])
-    unclipped = (norms <= bounds).astype(jnp.float32)
-    centered_count = jnp.sum(jnp.where(keep[:, None], unclipped - 0.5, 0.0), axis=0)  # padding adds 0, not -1/2
     return ClippedSum(value, centered_count), norms, keep

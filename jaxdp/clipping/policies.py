@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -217,6 +217,15 @@ class Quantile:
 
 
 ClippingPolicy: TypeAlias = Flat | Automatic | PerLayer | Quantile
+
+
+def check_policy(clipping: Any) -> ClippingPolicy:
+    if not isinstance(clipping, Flat | Automatic | PerLayer | Quantile):
+        raise TypeError(
+            f"clipping must be a clipping policy, got {clipping!r} of type {type(clipping).__name__}; use "
+            "jaxdp.flat(l2_clip_norm), jaxdp.per_layer(...), jaxdp.automatic() or jaxdp.quantile(...)."
+        )
+    return clipping
 
 
 def flat(l2_clip_norm: float) -> Flat:

@@ -12,8 +12,11 @@ from dp_accounting import NeighboringRelation
 
 from jaxdp import _validate
 from jaxdp._typing import Batch, LossFn, Params
-from jaxdp.clipping.aggregation import ClippedSum, clip_and_sum
-from jaxdp.clipping.policies import Automatic, ClippingPolicy, Flat, PerLayer, Quantile
+from jaxdp.clipping import ClippedSum, ClippingPolicy, check_policy
+from jaxdp.gradients.explanation import Explanation, explain
+from jaxdp.gradients.methods import Method, Problem, check_method, choose_method, run_method
+from jaxdp.gradients.microbatches import scan_microbatches
+from jaxdp.gradients.plan import make_plan
 
 
 @jax.tree_util.register_dataclass
@@ -41,15 +44,6 @@ class NotPrivate:
         return total / jnp.sum(self.contributed).astype(total.dtype)
 
 
-def check_policy(clipping: Any) -> ClippingPolicy:
-    if not isinstance(clipping, Flat | Automatic | PerLayer | Quantile):
-        raise TypeError(
-            f"clipping must be a clipping policy, got {clipping!r} of type {type(clipping).__name__}; use "
-            "jaxdp.flat(l2_clip_norm), jaxdp.per_layer(...), jaxdp.automatic() or jaxdp.quantile(...)."
-        )
-    return clipping
-
-
 @dataclasses.dataclass(frozen=True)
 class ClippedGrad:
     """The function that `clipped_grad` returns; call it as `grad_fn(params, batch, is_padding_example=...)`."""
@@ -58,6 +52,7 @@ class ClippedGrad:
     clipping: ClippingPolicy
     has_aux: bool
     microbatch_size: int | None
+    method: Method
 
     def __call__(
         self,
@@ -108,25 +103,35 @@ class ClippedGrad:
         self._check_fun(params, batch)
 
         def on_rows(rows: Batch, rows_are_padding: jax.Array) -> tuple[ClippedSum, NotPrivate]:
-            (loss, aux), grads = jax.vmap(self._value_and_grad, in_axes=(None, 0))(params, rows)
-            counts = ~rows_are_padding & jnp.isfinite(loss)  # S9
-            clipped, l2_norms, contributed = clip_and_sum(grads, self.clipping, groups, norms, counts=counts)
+            problem = Problem(self.fun, self.has_aux, self.clipping, groups, params, rows, rows_are_padding, norms)
+            done = run_method(self.method, problem)
 
             def blank(x: jax.Array) -> jax.Array:
                 mask = rows_are_padding.reshape((-1,) + (1,) * (x.ndim - 1))
                 return jnp.where(mask, jnp.zeros_like(x), x)
 
-            return clipped, jax.tree.map(blank, NotPrivate(loss, l2_norms, contributed, aux))
+            not_private = NotPrivate(done.loss, done.norms, jnp.all(done.keep, axis=1), done.aux)
+            return done.sum, jax.tree.map(blank, not_private)
 
         if self.microbatch_size is None or self.microbatch_size >= size:
             return on_rows(batch, is_padding)
-        return _scan_microbatches(on_rows, batch, is_padding, self.microbatch_size)
+        return scan_microbatches(on_rows, batch, is_padding, self.microbatch_size)
 
-    def _value_and_grad(self, params: Params, example: Any) -> Any:
-        if self.has_aux:
-            return jax.value_and_grad(self.fun, has_aux=True)(params, example)
-        loss, grads = jax.value_and_grad(self.fun)(params, example)
-        return (loss, None), grads
+    def explain(self, params: Params, example: Any, *, rows: int = 1) -> Explanation:
+        """How each leaf of `params` is handled, and why: print it.
+
+        Args:
+            params: Pytree of floating-point arrays, or of `jax.ShapeDtypeStruct`s.
+            example: One example, without a batch axis; arrays or `jax.ShapeDtypeStruct`s.
+            rows: Examples differentiated at once, to which the memory and FLOPs refer.
+        """
+        _validate.floating_params(params)
+        rows = _validate.positive_integer("rows", rows)
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *np.shape(x)), jnp.result_type(x)), example)
+        self._check_fun(params, batch)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), example)
+        plan = make_plan(self.fun, params, shapes, rows=rows)
+        return explain(plan, choose_method(self.method, self.clipping, plan), self.clipping.groups(params), rows)
 
     def _check_fun(self, params: Params, batch: Batch) -> None:
         example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x)[1:], jnp.result_type(x)), batch)
@@ -147,44 +152,13 @@ class ClippedGrad:
             raise TypeError(f"fun must return a floating-point loss, it returned dtype {out.dtype}.")
 
 
-def _scan_microbatches(on_rows: Any, batch: Batch, is_padding: jax.Array, microbatch_size: int) -> Any:
-    """Runs `on_rows` on `microbatch_size` rows at a time and adds the sums; the last microbatch is filled with padding."""
-    size = is_padding.shape[0]
-    count = -(-size // microbatch_size)
-    fill = count * microbatch_size - size
-
-    def split(x: Any, fill_value: Any) -> jax.Array:  # [B, ...] -> [count, microbatch_size, ...]
-        x = jnp.asarray(x)
-        if fill:
-            x = jnp.concatenate([x, jnp.full((fill, *x.shape[1:]), fill_value, x.dtype)])
-        return x.reshape(count, microbatch_size, *x.shape[1:])
-
-    def fill_like(x: Any) -> jax.Array:
-        x = jnp.asarray(x)
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):  # keys have no zero: repeat the first row, which is masked
-            x = jnp.concatenate([x, jnp.repeat(x[:1], fill, axis=0)])
-            return x.reshape(count, microbatch_size, *x.shape[1:])
-        return split(x, 0)
-
-    rows = jax.tree.map(fill_like, batch)
-    masks = split(is_padding, True)
-    shapes = jax.eval_shape(on_rows, jax.tree.map(lambda x: x[0], rows), masks[0])[0]
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-    def body(total: ClippedSum, xs: Any) -> tuple[ClippedSum, NotPrivate]:
-        clipped, not_private = on_rows(*xs)
-        return jax.tree.map(jnp.add, total, clipped), not_private
-
-    total, stacked = jax.lax.scan(body, zero, (rows, masks))
-    return total, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:size], stacked)
-
-
 def clipped_grad(
     fun: LossFn,
     *,
     clipping: ClippingPolicy,
     has_aux: bool = False,
     microbatch_size: int | None = None,
+    method: Method = "auto",
 ) -> ClippedGrad:
     """Transforms the loss of one example into the sum of clipped per-example gradients over a batch.
 
@@ -200,17 +174,28 @@ def clipped_grad(
             dropout, let the example carry a key.
         clipping: The clipping policy, such as `jaxdp.flat(1.0)`.
         has_aux: As in `jax.grad`.
-        microbatch_size: Rows differentiated at once. It bounds memory at `microbatch_size` copies of the gradient and
-            changes nothing else.
+        microbatch_size: Rows differentiated at once. It bounds the memory of activations and per-example copies, and changes
+            nothing else.
+        method: How the sum is computed; all methods compute the same one. `"vmap"`, the definition, forms the gradient of
+            every example. The others read off `fun` where each parameter enters a matrix product, an embedding or a
+            convolution, and take norm and clipped sum from its inputs and output cotangents; other leaves (biases, norm
+            scales, and whatever is not recognized) are copied for each example. `"book_keeping"`: one backward pass, the
+            factors of all leaves kept. `"two_pass"`: a second backward pass, nothing kept. `"per_layer"`: one backward
+            pass that finishes each clipping group on the spot; for `per_layer` clipping. `"auto"` chooses by policy and
+            function. `"ghost"` is `"auto"` that refuses to copy a matrix. See `explain`.
 
     Returns:
         A `ClippedGrad`: `grad_fn(params, batch, is_padding_example=...) -> (sum, NotPrivate)`.
 
-    Source: DP-SGD, arXiv 1607.00133.
+    Raises:
+        ValueError: `method` does not fit the policy, or is `"ghost"` and a leaf would be copied; when called.
 
-    >>> import jax.numpy as jnp
+    Source: DP-SGD, arXiv 1607.00133; ghost norms, 2110.05679; book-keeping, 2210.00038; per-layer clipping in one backward
+    pass, 2212.01539.
+
+    >>> import jax.numpy as jnp, jaxdp
     >>> loss_fn = lambda w, x: 0.5 * jnp.sum((w - x) ** 2)
-    >>> grad_fn = clipped_grad(loss_fn, clipping=Flat(1.0))
+    >>> grad_fn = clipped_grad(loss_fn, clipping=jaxdp.flat(1.0))
     >>> total, _ = grad_fn(jnp.zeros(2), jnp.array([[3.0, 4.0], [0.3, 0.0]]))
     >>> print([f"{value:.3f}" for value in total])
     ['-0.900', '-0.800']
@@ -219,4 +204,5 @@ def clipped_grad(
         raise TypeError(f"fun must be callable as fun(params, example), got {fun!r}.")
     if microbatch_size is not None:
         microbatch_size = _validate.positive_integer("microbatch_size", microbatch_size)
-    return ClippedGrad(fun, check_policy(clipping), bool(has_aux), microbatch_size)
+    policy = check_policy(clipping)
+    return ClippedGrad(fun, policy, bool(has_aux), microbatch_size, check_method(method, policy))

@@ -28,6 +28,12 @@ def policy(request):
     return request.param
 
 
+@pytest.fixture(params=["vmap", "two_pass", "auto"])
+def method(request):
+    """The definition, the one method that differentiates twice, and what a user gets: book-keeping or per-layer."""
+    return request.param
+
+
 def definition(loss_fn, policy, params, batch, is_padding):
     """The equation: a Python loop over the examples, in float64 where it matters."""
     groups = policy.groups(params)
@@ -49,10 +55,10 @@ def definition(loss_fn, policy, params, batch, is_padding):
     return jax.tree.unflatten(jax.tree.structure(params), total)
 
 
-@pytest.mark.parametrize("microbatch_size", [None, 1, 3, 4, 8, 100])
-def test_clipped_grad_equals_its_definition(policy, microbatch_size, params, loss_fn, batch):
+@pytest.mark.parametrize("microbatch_size", [None, 1, 3, 100])
+def test_clipped_grad_equals_its_definition(policy, microbatch_size, params, loss_fn, batch, method):
     is_padding = np.arange(8) >= 6
-    grad_fn = jaxdp.clipped_grad(loss_fn, clipping=policy, microbatch_size=microbatch_size)
+    grad_fn = jaxdp.clipped_grad(loss_fn, clipping=policy, microbatch_size=microbatch_size, method=method)
     total, not_private = jax.jit(grad_fn)(params, batch, is_padding_example=is_padding)
     expected = definition(loss_fn, policy, params, batch, is_padding)
     chex.assert_trees_all_close(total, jax.tree.map(np.float32, expected), rtol=2e-5, atol=2e-6)
@@ -62,8 +68,8 @@ def test_clipped_grad_equals_its_definition(policy, microbatch_size, params, los
     assert not_private.contributed.tolist() == [True] * 6 + [False] * 2
 
 
-def test_infinite_clip_is_the_gradient_of_the_summed_loss(params, loss_fn, batch):
-    total, _ = jaxdp.clipped_grad(loss_fn, clipping=jaxdp.flat(np.inf))(params, batch)
+def test_infinite_clip_is_the_gradient_of_the_summed_loss(params, loss_fn, batch, method):
+    total, _ = jaxdp.clipped_grad(loss_fn, clipping=jaxdp.flat(np.inf), method=method)(params, batch)
     expected = jax.grad(lambda p: jnp.sum(jax.vmap(loss_fn, (None, 0))(p, batch)))(params)
     chex.assert_trees_all_close(total, expected, rtol=1e-5, atol=1e-5)
 
@@ -87,14 +93,14 @@ vectors = hnp.arrays(
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_dropping_any_example_moves_the_sum_by_at_most_the_sensitivity(name, params):
+def test_dropping_any_example_moves_the_sum_by_at_most_the_sensitivity(name, params, method):
     policy = POLICIES[name]
     template = {"first": {"kernel": jnp.zeros(2)}, "second": {"kernel": jnp.zeros(2)}}
 
     def linear(w, x):  # the gradient of example x is x itself
         return w["first"]["kernel"] @ x[:2] + w["second"]["kernel"] @ x[2:]
 
-    grad_fn = jaxdp.clipped_grad(linear, clipping=policy)
+    grad_fn = jaxdp.clipped_grad(linear, clipping=policy, method=method)
     summed = jax.jit(lambda x, mask: grad_fn(template, x, is_padding_example=mask)[0])
     none = np.zeros(5, bool)
 
@@ -127,10 +133,10 @@ def test_dropping_any_example_moves_the_sum_by_at_most_the_sensitivity(name, par
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_stored_contribution_is_within_the_clip_norm(dtype):
+def test_stored_contribution_is_within_the_clip_norm(dtype, method):
     """S4(b): the norm of what is summed is at most C, in every dtype, for adversarial sizes and signs."""
     rng = np.random.default_rng(3)
-    grad_fn = jax.jit(jaxdp.clipped_grad(lambda w, x: jnp.sum(w * x), clipping=jaxdp.flat(1.0)))
+    grad_fn = jax.jit(jaxdp.clipped_grad(lambda w, x: jnp.sum(w * x), clipping=jaxdp.flat(1.0), method=method))
     for size in (1, 42, 1000, 100_003):
         for scale in (1e-4, 1e-2, 1.0, 30.0):
             x = (rng.choice([-1, 1], size) * scale * (1 + rng.random(size) / 256)).astype(np.float32)
@@ -139,8 +145,8 @@ def test_stored_contribution_is_within_the_clip_norm(dtype):
             assert np.linalg.norm(np.float64(total)) <= 1.0 + 1e-7
 
 
-def test_a_float16_gradient_of_a_million_small_entries_has_its_norm():
-    grad_fn = jaxdp.clipped_grad(lambda w, x: jnp.sum(w * x), clipping=jaxdp.flat(1.0))
+def test_a_float16_gradient_of_a_million_small_entries_has_its_norm(method):
+    grad_fn = jaxdp.clipped_grad(lambda w, x: jnp.sum(w * x), clipping=jaxdp.flat(1.0), method=method)
     x = jnp.full((1, 1_000_000), 1e-4, jnp.float16)
     _, not_private = grad_fn(jnp.zeros(1_000_000, jnp.float16), x)
     assert float(not_private.l2_norms[0, 0]) == pytest.approx(0.1, rel=1e-3)
@@ -160,9 +166,9 @@ BAD = {"nan": np.nan, "inf": np.inf, "minus_inf": -np.inf, "overflow": 1e30}
 @pytest.mark.parametrize("microbatch_size", [None, 3])
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
 def test_non_finite_examples_contribute_zero_and_leave_the_others_alone(
-    bad, policy, microbatch_size, params, loss_fn, batch
+    bad, policy, microbatch_size, params, loss_fn, batch, method
 ):
-    grad_fn = jax.jit(jaxdp.clipped_grad(loss_fn, clipping=policy, microbatch_size=microbatch_size))
+    grad_fn = jax.jit(jaxdp.clipped_grad(loss_fn, clipping=policy, microbatch_size=microbatch_size, method=method))
     spoiled = (batch[0].copy(), batch[1].copy())
     spoiled[1][2] = bad
     got, not_private = grad_fn(params, spoiled, is_padding_example=np.zeros(8, bool))
@@ -173,11 +179,11 @@ def test_non_finite_examples_contribute_zero_and_leave_the_others_alone(
     assert grad_fn._cache_size() == 1
 
 
-def test_a_non_finite_loss_with_a_finite_gradient_contributes_zero():
+def test_a_non_finite_loss_with_a_finite_gradient_contributes_zero(method):
     def loss(w, x):
         return jnp.sum(w * x) + jax.lax.stop_gradient(1.0 / x[0])
 
-    grad_fn = jaxdp.clipped_grad(loss, clipping=jaxdp.flat(1.0))
+    grad_fn = jaxdp.clipped_grad(loss, clipping=jaxdp.flat(1.0), method=method)
     total, not_private = grad_fn(jnp.zeros(2), jnp.array([[0.0, 0.3], [0.4, 0.0]]))
     np.testing.assert_allclose(total, [0.4, 0.0])
     assert not_private.contributed.tolist() == [False, True]
@@ -194,17 +200,17 @@ def test_low_precision_gradients_are_rounded_before_norm_and_sum():
     assert barriers(jnp.float32) == 0
 
 
-def test_gradients_too_small_to_square_stay_bounded():
+def test_gradients_too_small_to_square_stay_bounded(method):
     """Squares below 1e-38 flush to zero; AUTO-S must not turn that into C / gamma without bound."""
     for policy in (jaxdp.flat(1e-9), jaxdp.automatic(1.0, gamma=1e-9)):
-        grad_fn = jaxdp.clipped_grad(lambda w, x: jnp.sum(w * x), clipping=policy)
+        grad_fn = jaxdp.clipped_grad(lambda w, x: jnp.sum(w * x), clipping=policy, method=method)
         total, _ = grad_fn(jnp.zeros(1000), jnp.full((1, 1000), 1e-20))
         assert np.linalg.norm(np.float64(total)) <= policy.total_l2_clip_norm
 
 
-@pytest.mark.parametrize("content", [0.0, np.nan, np.inf, 1e20, 3.0])
-def test_padding_rows_change_nothing_whatever_they_hold(content, policy, params, loss_fn, batch):
-    grad_fn = jaxdp.clipped_grad(loss_fn, clipping=policy)
+@pytest.mark.parametrize("content", [np.nan, 3.0])
+def test_padding_rows_change_nothing_whatever_they_hold(content, policy, params, loss_fn, batch, method):
+    grad_fn = jaxdp.clipped_grad(loss_fn, clipping=policy, method=method)
     alone, _ = grad_fn(params, batch)
     padded = jax.tree.map(lambda x: np.concatenate([x, np.full_like(x, content)]), batch)
     total, not_private = grad_fn(params, padded, is_padding_example=np.arange(16) >= 8)
@@ -213,8 +219,8 @@ def test_padding_rows_change_nothing_whatever_they_hold(content, policy, params,
     chex.assert_trees_all_equal(not_private.loss[8:], jnp.zeros(8))
 
 
-def test_all_padding_and_one_example_batches_are_finite(policy, params, loss_fn, batch):
-    grad_fn = jax.jit(jaxdp.clipped_grad(loss_fn, clipping=policy))
+def test_all_padding_and_one_example_batches_are_finite(policy, params, loss_fn, batch, method):
+    grad_fn = jax.jit(jaxdp.clipped_grad(loss_fn, clipping=policy, method=method))
     nothing, _ = grad_fn(params, batch, is_padding_example=np.ones(8, bool))
     chex.assert_trees_all_equal(nothing, jax.tree.map(jnp.zeros_like, params))
     one, _ = grad_fn(params, batch, is_padding_example=np.arange(8) > 0)
@@ -222,33 +228,35 @@ def test_all_padding_and_one_example_batches_are_finite(policy, params, loss_fn,
     assert grad_fn._cache_size() == 1
 
 
-def test_the_order_of_examples_changes_only_rounding(policy, params, loss_fn, batch):
-    grad_fn = jaxdp.clipped_grad(loss_fn, clipping=policy)
+def test_the_order_of_examples_changes_only_rounding(policy, params, loss_fn, batch, method):
+    grad_fn = jaxdp.clipped_grad(loss_fn, clipping=policy, method=method)
     order = np.array([3, 1, 4, 7, 5, 2, 6, 0])
     forward, _ = grad_fn(params, batch)
     shuffled, _ = grad_fn(params, jax.tree.map(lambda x: x[order], batch))
     chex.assert_trees_all_close(forward, shuffled, rtol=1e-5, atol=1e-6)
 
 
-def test_aux_comes_back_per_example_and_blank_for_padding(params, loss_fn, batch):
+def test_aux_comes_back_per_example_and_blank_for_padding(params, loss_fn, batch, method):
     def with_aux(p, example):
         return loss_fn(p, example), {"x": example[0], "one": jnp.int32(1)}
 
     for microbatch_size in (None, 3):
-        grad_fn = jaxdp.clipped_grad(with_aux, clipping=jaxdp.flat(1.0), has_aux=True, microbatch_size=microbatch_size)
+        grad_fn = jaxdp.clipped_grad(
+            with_aux, clipping=jaxdp.flat(1.0), has_aux=True, microbatch_size=microbatch_size, method=method
+        )
         _, not_private = grad_fn(params, batch, is_padding_example=np.arange(8) >= 5)
         np.testing.assert_array_equal(not_private.aux["x"][:5], batch[0][:5])
         assert not_private.aux["one"].tolist() == [1] * 5 + [0] * 3
 
 
-def test_an_example_may_carry_a_key(batch):
+def test_an_example_may_carry_a_key(batch, method):
     def dropout_loss(w, example):
         x, key = example
         return jnp.sum(w * x * jax.random.bernoulli(key, 0.5, (3,)).astype(jnp.float32))
 
     keys = jax.random.split(jax.random.key(0), 8)
-    whole, _ = jaxdp.clipped_grad(dropout_loss, clipping=jaxdp.flat(1.0))(jnp.ones(3), (batch[0], keys))
-    parts, _ = jaxdp.clipped_grad(dropout_loss, clipping=jaxdp.flat(1.0), microbatch_size=3)(
+    whole, _ = jaxdp.clipped_grad(dropout_loss, clipping=jaxdp.flat(1.0), method=method)(jnp.ones(3), (batch[0], keys))
+    parts, _ = jaxdp.clipped_grad(dropout_loss, clipping=jaxdp.flat(1.0), microbatch_size=3, method=method)(
         jnp.ones(3), (batch[0], keys)
     )
     chex.assert_trees_all_close(whole, parts, rtol=1e-6)
@@ -268,9 +276,9 @@ def test_microbatches_bound_the_memory():
     assert temporary_bytes(8) < temporary_bytes(None) / 4
 
 
-def test_float64_stays_float64():
+def test_float64_stays_float64(method):
     with jax.enable_x64(True):
-        grad_fn = jaxdp.clipped_grad(lambda w, x: jnp.sum(w * x), clipping=jaxdp.flat(1.0))
+        grad_fn = jaxdp.clipped_grad(lambda w, x: jnp.sum(w * x), clipping=jaxdp.flat(1.0), method=method)
         total, _ = grad_fn(jnp.zeros(3, jnp.float64), jnp.array([[3.0, 4.0, 0.0]], jnp.float64))
         assert total.dtype == jnp.float64
         np.testing.assert_allclose(total, [0.6, 0.8, 0.0], rtol=1e-5)

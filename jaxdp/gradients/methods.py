@@ -1,0 +1,471 @@
+"""The methods: four ways to the same clipped sum.
+
+`vmap` is the definition: one gradient per example, then clip and sum. The others rewrite the function (`rewrite.py`) so that
+its backward pass reports what the clipped sum needs.
+
+- `two_pass`: a first backward pass reports norms only, a second one the weighted sums. Least memory.
+- `book_keeping`: one backward pass reports the factors of every weight; norms and weighted sums are taken from them.
+- `per_layer`: one backward pass, in which each clipping group that lies in one scope is clipped and summed on the spot.
+
+Source: algorithms of arXiv 2110.05679 (ghost), 2210.00038 (book-keeping), 2212.01539 and 2507.01154 (per-layer).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxdp import _validate
+from jaxdp._typing import Batch, LossFn, Params
+from jaxdp.clipping import ClippedSum, ClippingPolicy, Groups, PerLayer, clip_and_sum, clipping_factors
+from jaxdp.gradients import jaxprs
+from jaxdp.gradients.factors import Payload, accumulator, squared_norm, weighted_sum
+from jaxdp.gradients.plan import LeafPlan, Plan, make_plan
+from jaxdp.gradients.rewrite import Assignment, evaluate
+from jaxdp.gradients.sites import Key, Site, Slot
+
+Method: TypeAlias = Literal["auto", "ghost", "vmap", "two_pass", "book_keeping", "per_layer"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Clipped:
+    """What every method returns.
+
+    Attributes:
+        sum: The clipped sum.
+        loss: `[B]`.
+        aux: What the function returned beside the loss, `[B, ...]`; None without.
+        norms: `[B, K]`.
+        keep: Bool `[B, K]`: which example was summed in which group.
+    """
+
+    sum: ClippedSum
+    loss: jax.Array
+    aux: Any
+    norms: jax.Array
+    keep: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One call at its arguments.
+
+    Attributes:
+        fun: The loss of one example.
+        has_aux: Whether it returns (loss, aux).
+        policy: The clipping policy.
+        groups: Its partition of the leaves.
+        params: The parameters.
+        batch: The examples, stacked.
+        is_padding: Bool `[B]`.
+        clip_norms: `[K]`.
+    """
+
+    fun: LossFn
+    has_aux: bool
+    policy: ClippingPolicy
+    groups: Groups
+    params: Params
+    batch: Batch
+    is_padding: jax.Array
+    clip_norms: jax.Array
+
+    @property
+    def size(self) -> int:
+        return self.is_padding.shape[0]
+
+    @functools.cached_property
+    def plan(self) -> Plan:
+        example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x)[1:], jnp.result_type(x)), self.batch)
+        return make_plan(self.fun, self.params, example, rows=self.size)
+
+    def losses(self, assignment: Assignment, slots: Mapping[Key, Slot]) -> tuple[jax.Array, list[jax.Array]]:
+        """The loss `[B]` of every example, and the other outputs of the function."""
+        depth = {key: Slot(len(assignment.members[key][0].loops), None) for key in slots}
+        params = jax.tree.leaves(self.params)
+
+        def one(example: Any, slots: Any) -> list[jax.Array]:
+            return evaluate(self.plan.traced, assignment, params, example, slots)
+
+        loss, *rest = jax.vmap(one, in_axes=(0, depth))(self.batch, dict(slots))
+        return loss, rest
+
+    def aux(self, rest: list[jax.Array]) -> Any:
+        """What the function returned beside the loss, from its outputs but the first."""
+        return jax.tree.unflatten(self.plan.traced.out_tree, [None, *rest])[1] if self.has_aux else None
+
+    def counts(self, loss: jax.Array) -> jax.Array:
+        return ~self.is_padding & jnp.isfinite(loss)  # S9
+
+
+def _rows(site: Site, size: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return jnp.zeros((*(loop.length for loop in site.loops), size, *shape), dtype)
+
+
+def _totals(site: Site, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return jnp.zeros((*(loop.length for loop in site.loops if loop.is_stacked), *shape), dtype)
+
+
+def _payload_slot(site: Site, size: int) -> Slot:
+    rows = {name: _rows(site, size, shape.shape, shape.dtype) for name, shape in site.payload.items()}
+    return Slot(rows, None)
+
+
+def _total_dtype(site: Site) -> Any:
+    return accumulator(*(shape.dtype for shape in site.payload.values()))
+
+
+def _report_payload(key: Key) -> Callable[..., Slot]:
+    return lambda payloads, slot: Slot(payloads[key], None)
+
+
+def _assign(plan: Plan, chosen: Sequence[tuple[Key, Sequence[Site], Callable[..., Slot]]]) -> Assignment:
+    """An assignment in which only the chosen sites report."""
+    members = {key: tuple(sites) for key, sites, _ in chosen}
+    tasks = {key: task for key, _, task in chosen}
+    groups = {site.key: key for key, sites in members.items() for site in sites}
+    reporting = [site for site in plan.sites if site.key in groups]
+    uses: dict[Any, Site | None] = {site.key[0]: None for site in plan.sites if site.equation is not None}
+    uses |= {site.key[0]: site for site in reporting if site.equation is not None}
+    copies = {(site.key[0], site.copied_var): site for site in reporting if site.equation is None}
+    return Assignment(uses, copies, tasks, groups, members)
+
+
+# ---- finishing outside the backward pass
+
+
+def _merged(site: Site, payload: Payload) -> tuple[Payload, bool]:
+    """Moves the loops around a site: repeated ones become tokens, stacked ones one leading axis.
+
+    Returns:
+        The payload `[S, B, ...]`, or `[B, ...]` without stacked loops; and whether it has that axis.
+    """
+    loops = len(site.loops)
+    stacked = [axis for axis, loop in enumerate(site.loops) if loop.is_stacked]
+    repeated = [axis for axis, loop in enumerate(site.loops) if not loop.is_stacked]
+
+    def move(name: str, value: jax.Array) -> jax.Array:
+        rest = list(range(loops, value.ndim))  # B first
+        token_axis = 1 if name == "left" and value.ndim - loops == 2 else 2  # ids are [B, T]
+        order = [*stacked, *rest[:token_axis], *repeated, *rest[token_axis:]]
+        value = jnp.transpose(value, order) if order != list(range(value.ndim)) else value
+        shape = value.shape[len(stacked) :]
+        tokens_end = token_axis + len(repeated) + 1
+        if repeated:
+            shape = (*shape[:token_axis], -1, *shape[tokens_end:])
+        return value.reshape((-1, *shape) if stacked else shape)
+
+    return {name: move(name, value) for name, value in payload.items()}, bool(stacked)
+
+
+def _late_squared_norm(leaf: LeafPlan, payloads: Mapping[Key, Payload]) -> jax.Array:
+    def norm(sites: Sequence[Site]) -> jax.Array:
+        merged = [_merged(site, payloads[site.key]) for site in sites]
+        values, has_axis = [payload for payload, _ in merged], merged[0][1]
+
+        def one(values: Sequence[Payload]) -> jax.Array:
+            return squared_norm([site.factoring for site in sites], values, leaf.norm_route)
+
+        return jnp.sum(lax.map(one, values), axis=0) if has_axis else one(values)
+
+    if leaf.kind == "joint":
+        return norm(leaf.sites)
+    return _add([norm([site]) for site in leaf.sites])
+
+
+def _late_sum(leaf: LeafPlan, payloads: Mapping[Key, Payload], factors: jax.Array, keep: jax.Array) -> jax.Array:
+    def total(site: Site) -> jax.Array:
+        merged, has_axis = _merged(site, payloads[site.key])
+
+        def one(payload: Payload) -> jax.Array:
+            return weighted_sum(site.factoring, payload, factors, keep)
+
+        if not has_axis:
+            return site.to_leaf(one(merged))
+        stacked = [loop.length for loop in site.loops if loop.is_stacked]
+        return site.to_leaf(lax.map(one, merged).reshape(*stacked, *site.total_shape))
+
+    return _add([total(site) for site in leaf.sites])
+
+
+def _add(arrays: Sequence[jax.Array]) -> jax.Array:
+    total = arrays[0]
+    for array in arrays[1:]:
+        total = total + array
+    return total
+
+
+def _norms(problem: Problem, squares: Mapping[int, jax.Array]) -> jax.Array:
+    """`[B, K]` from the squared norm `[B]` of each leaf."""
+    dtype = accumulator(*(leaf.dtype for leaf in jax.tree.leaves(problem.params)))
+    parts: list[list[jax.Array]] = [[jnp.zeros(problem.size, dtype)] for _ in problem.groups.names]
+    for leaf, square in squares.items():
+        parts[problem.groups.leaf_groups[leaf]].append(square.astype(dtype))
+    return jnp.sqrt(jnp.stack([_add(part) for part in parts], axis=1))
+
+
+def _zero(problem: Problem, leaf: int) -> jax.Array:
+    param = jax.tree.leaves(problem.params)[leaf]
+    return jnp.zeros(param.shape, accumulator(param.dtype))
+
+
+def _finish(problem: Problem, loss: jax.Array, aux: Any, norms: jax.Array, totals: Callable[..., Any]) -> Clipped:
+    factors, keep, centered_count = clipping_factors(
+        norms, problem.policy, problem.clip_norms, counts=problem.counts(loss)
+    )
+    value = totals(factors, keep)
+    return Clipped(ClippedSum(value, centered_count), loss, aux, norms, keep)
+
+
+# ---- the methods
+
+
+def by_vmap(problem: Problem) -> Clipped:
+    """The definition: the gradient of every example, clipped and summed."""
+
+    def value_and_grad(params: Any, example: Any) -> Any:
+        if problem.has_aux:
+            return jax.value_and_grad(problem.fun, has_aux=True)(params, example)
+        loss, grads = jax.value_and_grad(problem.fun)(params, example)
+        return (loss, None), grads
+
+    def gradient(example: Any) -> Any:
+        return value_and_grad(problem.params, example)
+
+    # With one kernel gradient for each example a convolution becomes one in groups, which XLA may turn into a dense one with
+    # zeros between the groups. A NaN times such a zero would be the NaN of every example: run them one by one (S3, S9).
+    one_by_one = jaxprs.contains(problem.plan.traced.body, "conv_general_dilated")
+    (loss, aux), grads = (lax.map if one_by_one else _vmap)(gradient, problem.batch)
+    clipped, norms, keep = clip_and_sum(
+        grads, problem.policy, problem.groups, problem.clip_norms, counts=problem.counts(loss)
+    )
+    return Clipped(clipped, loss, aux, norms, keep)
+
+
+def _vmap(function: Callable[[Any], Any], batch: Any) -> Any:
+    return jax.vmap(function)(batch)
+
+
+def by_two_passes(problem: Problem) -> Clipped:
+    """Norms in a first backward pass, weighted sums in a second: nothing of the size of the factors is kept.
+
+    The second pass differentiates the same loss again, not one scaled by the factors: scaling before the backward pass would
+    round differently from the pass whose norms were taken (S4). Where operands are narrower than float32 each site clips
+    once more to the norm that the first pass found for it, since two compiled passes may round differently.
+    """
+    first: list[tuple[Key, Sequence[Site], Any]] = []
+    slots: dict[Key, Slot] = {}
+    for leaf in problem.plan.leaves:
+        for site in leaf.sites:
+            if leaf.kind == "joint":
+                slots[site.key] = _payload_slot(site, problem.size)
+                first.append((site.key, [site], _report_payload(site.key)))
+            else:
+                slots[site.key] = Slot({"square": _rows(site, problem.size, (), _total_dtype(site))}, None)
+                first.append((site.key, [site], _report_norm(site, leaf)))
+    assignment = _assign(problem.plan, first)
+    loss, pull, rest = jax.vjp(lambda slots: problem.losses(assignment, slots), slots, has_aux=True)
+    (reports,) = pull(jnp.ones_like(loss))
+    squares: dict[int, jax.Array] = {}
+    for leaf in problem.plan.leaves:
+        if leaf.kind == "joint":
+            squares[leaf.index] = _late_squared_norm(leaf, {site.key: reports[site.key].rows for site in leaf.sites})
+        elif leaf.sites:
+            parts = [_over_loops(site, reports[site.key].rows["square"]) for site in leaf.sites]
+            squares[leaf.index] = _add(parts)
+
+    def totals(factors: jax.Array, keep: jax.Array) -> Any:
+        second: list[tuple[Key, Sequence[Site], Any]] = []
+        slots: dict[Key, Slot] = {}
+        for leaf in problem.plan.leaves:
+            if leaf.kind == "joint":
+                continue
+            group = problem.groups.leaf_groups[leaf.index]
+            for site in leaf.sites:
+                lengths = [loop.length for loop in site.loops]
+
+                def everywhere(x: jax.Array, lengths: Sequence[int] = lengths) -> jax.Array:
+                    return jnp.broadcast_to(x, (*lengths, *x.shape))
+
+                rows = {
+                    "factors": everywhere(factors[:, group]),
+                    "keep": everywhere(keep[:, group].astype(jnp.float32)),
+                }
+                if site.narrow:
+                    rows["square"] = reports[site.key].rows["square"]
+                slots[site.key] = Slot(rows, _totals(site, site.total_shape, _total_dtype(site)))
+                second.append((site.key, [site], _report_sum(site, leaf)))
+        assignment = _assign(problem.plan, second)
+        again, pull, _ = jax.vjp(lambda slots: problem.losses(assignment, slots), slots, has_aux=True)
+        # The barrier starts the second pass after the first: merged, they would keep every factor alive.
+        seeds, _ = lax.optimization_barrier((jnp.ones_like(again), factors))
+        (sums,) = pull(seeds)
+        value = []
+        for leaf in problem.plan.leaves:
+            group = problem.groups.leaf_groups[leaf.index]
+            if leaf.kind == "joint":
+                payloads = {site.key: reports[site.key].rows for site in leaf.sites}
+                value.append(_late_sum(leaf, payloads, factors[:, group], keep[:, group]))
+            elif leaf.sites:
+                value.append(_add([site.to_leaf(sums[site.key].totals) for site in leaf.sites]))
+            else:
+                value.append(_zero(problem, leaf.index))
+        return jax.tree.unflatten(jax.tree.structure(problem.params), value)
+
+    return _finish(problem, loss, problem.aux(rest), _norms(problem, squares), totals)
+
+
+def _over_loops(site: Site, square: jax.Array) -> jax.Array:
+    return jnp.sum(square, axis=tuple(range(len(site.loops))))
+
+
+def _report_norm(site: Site, leaf: LeafPlan) -> Callable[..., Slot]:
+    def task(payloads: Mapping[Key, Payload], slot: Slot) -> Slot:
+        square = squared_norm([site.factoring], [payloads[site.key]], leaf.norm_route)
+        return Slot({"square": square.astype(slot.rows["square"].dtype)}, None)
+
+    return task
+
+
+def _report_sum(site: Site, leaf: LeafPlan) -> Callable[..., Slot]:
+    def task(payloads: Mapping[Key, Payload], slot: Slot) -> Slot:
+        rows, payload = slot.rows, payloads[site.key]
+        factors, keep = rows["factors"], rows["keep"] > 0
+        if "square" in rows:
+            now = squared_norm([site.factoring], [payload], leaf.norm_route)
+            keep = keep & jnp.isfinite(now)
+            excess = jnp.where(now > rows["square"], rows["square"] / now, 1.0)
+            factors = factors * jnp.sqrt(excess)
+        total = weighted_sum(site.factoring, payload, factors, keep)
+        return Slot(jax.tree.map(jnp.zeros_like, rows), total.astype(slot.totals.dtype))
+
+    return task
+
+
+def by_one_pass(problem: Problem, *, finish_groups: bool) -> Clipped:
+    """One backward pass: book-keeping, or with `finish_groups` the per-layer scheme.
+
+    A group that lies in one scope is clipped and summed there, so that its factors die at once; the others leave their
+    factors, or their per-example gradients where these are smaller, and are finished afterwards.
+    """
+    plan = problem.plan
+    early = plan.early_groups(problem.groups) if finish_groups else {}
+    early_leaves = {site.leaf for sites in early.values() for site in sites}
+    chosen: list[tuple[Key, Sequence[Site], Any]] = []
+    slots: dict[Key, Slot] = {}
+    keys: dict[int, Key] = {}
+    for group, sites in early.items():
+        key = keys[group] = (sites[0].scope, f"group {group}")
+        sums = {f"{site.leaf}": _totals(site, site.total_shape, _total_dtype(site)) for site in sites}
+        dtype = accumulator(*(total.dtype for total in sums.values()))
+        totals = {"clip_norm": problem.clip_norms[group], "sums": sums}
+        slots[key] = Slot({"norm": _rows(sites[0], problem.size, (), dtype)}, totals)
+        chosen.append((key, sites, _clip_group(problem, sites)))
+    for leaf in plan.leaves:
+        if leaf.index not in early_leaves:
+            for site in leaf.sites:
+                slots[site.key] = _payload_slot(site, problem.size)
+                chosen.append((site.key, [site], _report_payload(site.key)))
+    assignment = _assign(plan, chosen)
+    loss, pull, rest = jax.vjp(lambda slots: problem.losses(assignment, slots), slots, has_aux=True)
+    # A group finishes before the other norms are known, so an example that does not count is silenced from the start.
+    seeds = jnp.where(problem.counts(loss), 1.0, 0.0).astype(loss.dtype) if early else jnp.ones_like(loss)
+    (reports,) = pull(seeds)
+
+    payloads = {site.key: reports[site.key].rows for site in plan.sites if site.key in reports}
+    squares = {
+        leaf.index: _late_squared_norm(leaf, payloads)
+        for leaf in plan.leaves
+        if leaf.sites and leaf.index not in early_leaves
+    }
+    norms = _norms(problem, squares)
+    for group, key in keys.items():
+        norms = norms.at[:, group].set(reports[key].rows["norm"].astype(norms.dtype))
+
+    def totals(factors: jax.Array, keep: jax.Array) -> Any:
+        value = []
+        for leaf in plan.leaves:
+            group = problem.groups.leaf_groups[leaf.index]
+            if leaf.index in early_leaves:
+                (site,) = leaf.sites
+                value.append(site.to_leaf(reports[keys[group]].totals["sums"][f"{leaf.index}"]))
+            elif leaf.sites:
+                value.append(_late_sum(leaf, payloads, factors[:, group], keep[:, group]))
+            else:
+                value.append(_zero(problem, leaf.index))
+        return jax.tree.unflatten(jax.tree.structure(problem.params), value)
+
+    return _finish(problem, loss, problem.aux(rest), norms, totals)
+
+
+def _clip_group(problem: Problem, sites: Sequence[Site]) -> Callable[..., Slot]:
+    routes = {leaf.index: leaf.norm_route for leaf in problem.plan.leaves}
+
+    def task(payloads: Mapping[Key, Payload], slot: Slot) -> Slot:
+        squares = [
+            squared_norm([site.factoring], [payloads[site.key]], routes[site.leaf]).astype(slot.rows["norm"].dtype)
+            for site in sites
+        ]
+        norm = jnp.sqrt(_add(squares))
+        keep = jnp.isfinite(norm)  # S9
+        bound = slot.totals["clip_norm"].astype(norm.dtype)
+        factors = jnp.where(keep, problem.policy.factors(norm[:, None], bound[None, None])[:, 0], 0.0)
+        sums = {f"{site.leaf}": weighted_sum(site.factoring, payloads[site.key], factors, keep) for site in sites}
+        return Slot({"norm": norm}, {"clip_norm": jnp.zeros_like(slot.totals["clip_norm"]), "sums": sums})
+
+    return task
+
+
+# ---- the choice
+
+
+def check_method(method: Any, policy: ClippingPolicy) -> Method:
+    _validate.one_of("method", method, get_args(Method))
+    if method == "per_layer" and not isinstance(policy, PerLayer):
+        raise ValueError(
+            f"method='per_layer' finishes one layer at a time, which {policy} does not allow: its factors need the norms of all "
+            "layers; use clipping=jaxdp.per_layer(...), or another method."
+        )
+    return method
+
+
+def choose_method(method: Method, policy: ClippingPolicy, plan: Plan) -> Method:
+    """The method that runs, for the one that was asked for.
+
+    Per-layer clipping finishes inside the backward pass. Otherwise one backward pass that keeps the factors is the fastest;
+    two passes, which keep nothing, are chosen where the function rematerializes, since its author trades time for memory.
+
+    Raises:
+        ValueError: the method is `"ghost"` and a matrix would be copied for each example.
+    """
+    if method == "ghost":
+        copied = [leaf for leaf in plan.leaves if leaf.kind == "copy" and len(leaf.shape) > 1]
+        if copied:
+            listing = "; ".join(f"{leaf.path!r} {leaf.shape}: {leaf.reason}" for leaf in copied)
+            raise ValueError(
+                f"method='ghost' would have to copy these parameters for each example: {listing}. Use method='auto', which "
+                "does so, or rewrite the function so that each enters matrix products, embeddings or convolutions only."
+            )
+    if method not in ("auto", "ghost"):
+        return method
+    if isinstance(policy, PerLayer):
+        return "per_layer"
+    return "two_pass" if plan.rematerializes else "book_keeping"
+
+
+def run_method(method: Method, problem: Problem) -> Clipped:
+    """Clips and sums by a method."""
+    if method != "vmap":
+        method = choose_method(method, problem.policy, problem.plan)
+    if method == "vmap":
+        return by_vmap(problem)
+    if method == "two_pass":
+        return by_two_passes(problem)
+    return by_one_pass(problem, finish_groups=method == "per_layer")

@@ -1,0 +1,108 @@
+"""The plan: which route each parameter leaf takes, why, and what it costs.
+
+A leaf's sites are fixed by how the function uses it (`uses.py`). What is left to choose are the norm route and whether to
+form the per-example gradients (spill) or to keep the factors; shapes decide, by the time rule of `cost_model.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from jaxdp import _validate
+from jaxdp._typing import Example, LossFn, Params
+from jaxdp.clipping import Groups
+from jaxdp.gradients import jaxprs
+from jaxdp.gradients.cost_model import Cost, cost_of, norm_route
+from jaxdp.gradients.factors import NormRoute
+from jaxdp.gradients.sites import Site, site_of_copy, site_of_use
+from jaxdp.gradients.uses import Kind, find_uses
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafPlan:
+    """How one leaf is handled.
+
+    Attributes:
+        index: Its position among the leaves.
+        path: Its path in the pytree.
+        shape: Its shape.
+        kind: How the function uses it.
+        reason: Why the kind is what it is.
+        sites: Where its gradient is reported; empty if it has none.
+        norm_route: How the norm is taken from factors.
+        cost: What it costs for the rows of one microbatch, beyond the non-private step.
+    """
+
+    index: int
+    path: str
+    shape: tuple[int, ...]
+    kind: Kind
+    reason: str
+    sites: tuple[Site, ...]
+    norm_route: NormRoute
+    cost: Cost
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a function of (params, example) is handled.
+
+    Attributes:
+        traced: The function.
+        leaves: One entry for each leaf.
+    """
+
+    traced: jaxprs.Traced
+    leaves: tuple[LeafPlan, ...]
+
+    @property
+    def rematerializes(self) -> bool:
+        """Whether the function trades time for memory by `jax.checkpoint` around equations with parameters."""
+        return any(site.is_rematerialized for site in self.sites)
+
+    @property
+    def sites(self) -> list[Site]:
+        return [site for leaf in self.leaves for site in leaf.sites]
+
+    def early_groups(self, groups: Groups) -> dict[int, Sequence[Site]]:
+        """The clipping groups whose sites all lie in one scope, so that they can finish inside the backward pass."""
+        members: dict[int, list[LeafPlan]] = {}
+        for leaf in self.leaves:
+            if leaf.sites:
+                members.setdefault(groups.leaf_groups[leaf.index], []).append(leaf)
+        early: dict[int, Sequence[Site]] = {}
+        for group, leaves in members.items():
+            sites = [site for leaf in leaves for site in leaf.sites]
+            alone = all(len(leaf.sites) == 1 and leaf.kind != "joint" for leaf in leaves)
+            if alone and len({site.scope for site in sites}) == 1 and not any(site.loops for site in sites):
+                early[group] = sites
+        return early
+
+
+def make_plan(fun: LossFn, params: Params, example: Example, *, rows: int) -> Plan:
+    """Analyzes `fun(params, example)` at the shapes of its arguments.
+
+    Args:
+        fun: The loss of one example.
+        params: Pytree of arrays or `jax.ShapeDtypeStruct`s.
+        example: One example, without a batch axis.
+        rows: Examples that are differentiated at once.
+    """
+    traced = jaxprs.trace(fun, params, example)
+    named = _validate.named_leaves(params)
+    uses = find_uses(traced, [tuple(leaf.shape) for _, leaf in named])
+    leaves = []
+    for index, ((path, leaf), found) in enumerate(zip(named, uses, strict=True)):
+        sites: tuple[Site, ...] = ()
+        route: NormRoute = "gram"
+        if found.kind == "copy":
+            assert found.copy is not None
+            sites = (site_of_copy(found.copy, index),)
+        elif found.uses:
+            route, spills = norm_route([(use.factoring, use.loops) for use in found.uses], rows, leaf.dtype)
+            spills = spills and found.kind not in ("joint", "embedding")
+            sites = tuple(site_of_use(use, index, spills=spills) for use in found.uses)
+        cost = cost_of(sites, route, rows)
+        leaves.append(LeafPlan(index, path, tuple(leaf.shape), found.kind, found.reason, sites, route, cost))
+    return Plan(traced, tuple(leaves))

@@ -1,0 +1,228 @@
+"""Every method of `clipped_grad` on every loss of the zoo equals the definition: one gradient per example, in a loop."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxdp
+from tests.gradients.zoo import CASES, B, Case
+
+METHODS = ("two_pass", "book_keeping", "per_layer")
+FEW = (
+    "mlp_of_one_token",
+    "logits_in_aux",
+    "embedding_tied_to_the_head",
+    "scan_over_layers_of_checkpoints",
+    "recurrent_weight",
+    "dropout_with_a_key_in_the_example",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Definition:
+    """What each example contributes, found without `jaxdp`.
+
+    Attributes:
+        gradients: Of each leaf, `[B, *shape]` float64.
+        loss: `[B]`.
+        aux: `[B, ...]`, or None.
+        finite: Bool `[B]`: the loss and the whole gradient are.
+    """
+
+    gradients: list[np.ndarray]
+    loss: np.ndarray
+    aux: Any
+    finite: np.ndarray
+
+    def norms(self, groups: Any) -> np.ndarray:  # [B, K]
+        squares = np.zeros((B, len(groups.names)))
+        for gradient, group in zip(self.gradients, groups.leaf_groups, strict=True):
+            squares[:, group] += np.sum(gradient.reshape(B, -1) ** 2, axis=1)
+        return np.sqrt(squares)
+
+    def total(self, policy: Any, groups: Any, counts: np.ndarray) -> list[np.ndarray]:
+        bounds = policy.clip_norms(groups).astype(np.float64)
+        norms = np.where(counts[:, None], self.norms(groups), 0.0)
+        if isinstance(policy, type(jaxdp.automatic())):
+            factors = bounds / (norms + policy.gamma)
+        else:
+            factors = np.minimum(1.0, bounds / np.maximum(norms, 1e-300))
+        return [
+            np.einsum("b,b...->...", factors[counts, group], gradient[counts])
+            for gradient, group in zip(self.gradients, groups.leaf_groups, strict=True)
+        ]
+
+
+@functools.cache
+def definition(name: str) -> Definition:
+    case = CASES[name]
+    gradient = jax.jit(jax.value_and_grad(case.fun, has_aux=case.has_aux), compiler_options=FAST)
+    rows = [gradient(case.params, jax.tree.map(lambda x, i=i: x[i], case.batch)) for i in range(B)]
+    losses = [np.asarray(out[0] if case.has_aux else out, np.float64) for out, _ in rows]
+    gradients = [
+        np.stack([np.asarray(leaf, np.float64) for leaf in leaves])
+        for leaves in zip(*(jax.tree.leaves(grads) for _, grads in rows), strict=True)
+    ]
+    aux = jax.tree.map(lambda *xs: np.stack(xs), *(out[1] for out, _ in rows)) if case.has_aux else None
+    finite = np.isfinite(losses)
+    for gradient in gradients:
+        finite &= np.isfinite(gradient).reshape(B, -1).all(axis=1)
+    return Definition(gradients, np.asarray(losses), aux, finite)
+
+
+def middle(norms: np.ndarray) -> float:
+    """A bound that clips some of the examples."""
+    norms = np.sort(norms[norms > 0])
+    return float(np.mean(norms[(len(norms) - 1) // 2 :][:2])) if len(norms) else 1.0
+
+
+def policies(case: Case) -> dict[str, Any]:
+    truth = definition(case.name)
+    flat = jaxdp.flat(1.0)
+    bound = middle(truth.norms(flat.groups(case.params))[truth.finite, 0])
+
+    def per_layer(group_by: Any) -> Any:
+        groups = jaxdp.per_layer(1.0, group_by=group_by).groups(case.params)
+        norms = truth.norms(groups)[truth.finite]
+        bounds = {group: middle(norms[:, k]) for k, group in enumerate(groups.names)}
+        return jaxdp.per_layer(bounds, group_by=group_by)
+
+    return {
+        "flat": jaxdp.flat(bound),
+        "automatic": jaxdp.automatic(bound),
+        "quantile": jaxdp.quantile(bound),
+        "per_layer_module": per_layer("module"),
+        "per_layer_leaf": per_layer("leaf"),
+    }
+
+
+def strictness(case: Case) -> contextlib.AbstractContextManager[Any]:
+    stack = contextlib.ExitStack()
+    if case.lenient:
+        stack.enter_context(jax.numpy_rank_promotion("allow"))
+        stack.enter_context(jax.numpy_dtype_promotion("standard"))
+    return stack
+
+
+def transformed(case: Case, policy: Any, method: Any, **options: Any) -> Any:
+    return jaxdp.clipped_grad(case.fun, clipping=policy, has_aux=case.has_aux, method=method, **options)
+
+
+def spoiled(batch: Any, row: int, value: float) -> Any:
+    """The batch with every number of one row replaced; tokens and keys stay."""
+
+    def spoil(x: Any) -> Any:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        x = np.array(x)
+        x[row] = value
+        return x
+
+    return jax.tree.map(spoil, batch)
+
+
+FAST = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}  # compiling takes most of the time
+PADDED, NOT_FINITE = 1, 3
+
+
+def check(case: Case, policy: Any, grad_fn: Any) -> None:
+    """A whole batch, and one with a row of padding that holds infinities and a row that is NaN, against the definition."""
+    truth, groups = definition(case.name), policy.groups(case.params)
+    compiled = jax.jit(grad_fn, compiler_options=FAST)
+    damaged = spoiled(spoiled(case.batch, NOT_FINITE, np.nan), PADDED, np.inf)
+    rows = np.arange(B)
+    for batch, padding, counts in (
+        (case.batch, np.zeros(B, bool), truth.finite),
+        (damaged, rows == PADDED, truth.finite & (rows != PADDED) & (rows != NOT_FINITE)),
+    ):
+        total, not_private = compiled(case.params, batch, is_padding_example=padding)
+        assert not_private.contributed.tolist() == counts.tolist()
+
+        expected = truth.total(policy, groups, counts)
+        assert jax.tree.structure(total) == jax.tree.structure(case.params)
+        largest = max(np.max(np.abs(leaf), initial=0.0) for leaf in expected)
+        for got, want in zip(jax.tree.leaves(total), expected, strict=True):
+            assert got.dtype == jnp.float32
+            np.testing.assert_allclose(got, want, rtol=0, atol=case.tolerance * largest)
+
+        norms = truth.norms(groups)[counts]
+        atol = case.tolerance * np.max(norms, initial=0.0)
+        np.testing.assert_allclose(np.asarray(not_private.l2_norms)[counts], norms, rtol=0, atol=atol)
+        assert not np.any(np.asarray(not_private.l2_norms)[padding])
+
+        np.testing.assert_allclose(not_private.loss[counts], truth.loss[counts], rtol=case.tolerance, atol=1e-5)
+        if case.has_aux:
+            rows_of = functools.partial(jax.tree.map, lambda x, counts=counts: np.asarray(x)[counts])
+            chex.assert_trees_all_close(rows_of(not_private.aux), rows_of(truth.aux), rtol=1e-5, atol=1e-5)
+    assert compiled._cache_size() == 1
+
+
+CONVOLUTIONS = [name for name in CASES if name.startswith("convolution")]
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [*itertools.product(CASES, METHODS), *itertools.product(CONVOLUTIONS, ["vmap"])]
+)
+def test_every_method_equals_the_definition(name, method):
+    case = CASES[name]
+    with strictness(case):
+        policy = policies(case)["per_layer_module" if method == "per_layer" else "flat"]
+        check(case, policy, transformed(case, policy, method))
+
+
+LAYERED = ("per_layer_module", "per_layer_leaf")
+
+
+@pytest.mark.parametrize(
+    ("method", "policy"),
+    [
+        *itertools.product(["auto", "vmap"], ["flat", *LAYERED]),
+        *itertools.product(["two_pass", "book_keeping"], ["automatic", "quantile", *LAYERED]),
+        ("per_layer", "per_layer_leaf"),
+    ],
+)
+@pytest.mark.parametrize("name", FEW)
+def test_every_policy_equals_the_definition(name, policy, method):
+    case = CASES[name]
+    policy = policies(case)[policy]
+    check(case, policy, transformed(case, policy, method))
+
+
+@pytest.mark.parametrize("method", ["vmap", *METHODS])
+@pytest.mark.parametrize("name", FEW)
+def test_microbatches_equal_the_definition(name, method):
+    case = CASES[name]
+    policy = policies(case)["per_layer_leaf" if method == "per_layer" else "flat"]
+    check(case, policy, transformed(case, policy, method, microbatch_size=2))
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.must_not_copy])
+def test_recognizable_uses_need_no_copy(name):
+    case = CASES[name]
+    with strictness(case):
+        grad_fn = jaxdp.clipped_grad(case.fun, clipping=jaxdp.flat(1.0), has_aux=case.has_aux)
+        table = grad_fn.explain(case.params, jax.tree.map(lambda x: x[0], case.batch))
+    routes = {row.path: row.route for row in table.leaves}
+    assert set(case.must_not_copy) <= set(routes)
+    assert not [path for path in case.must_not_copy if routes[path] == "copy"], str(table)
+
+
+def test_the_bounds_clip_some_examples_and_not_others():
+    for name in FEW:
+        case = CASES[name]
+        policy = policies(case)["flat"]
+        norms = definition(name).norms(policy.groups(case.params))[:, 0]
+        assert 0 < np.sum(norms > policy.l2_clip_norm) < B
