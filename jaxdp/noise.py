@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxdp import _validate
 from jaxdp._typing import Key
+from pallas_kernels import counter_normal
 
 
 def secret_key() -> Key:
@@ -26,21 +27,26 @@ def standard_normal(key: Key, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Draws from N(0, 1) whose tails reach 9 standard deviations.
 
     `jax.random.normal` inverts the distribution at 23 random bits, and so ends at 5.2: any release beyond that would prove
-    that a record is present, with a probability over a run far above usual deltas. This inverts it at 63 bits and a sign.
+    that a record is present, with a probability over a run far above usual deltas. This inverts it at 63 bits and a sign,
+    both from one block of the cipher: `pallas_kernels.counter_normal`, which the kernels share.
 
     Args:
-        key: One typed key.
+        key: One typed key. It serves this draw alone: folded or split as well, it would repeat words of the draw (S8).
         shape: Shape of the result.
         dtype: float32 or float64.
     """
-    return _normal_of_bits(jax.random.bits(key, (2, *shape), jnp.uint32), dtype)
+    words = jax.random.key_data(key)
+    if str(jax.random.key_impl(key)) != "threefry2x32":
+        words = jax.random.bits(key, (2,), jnp.uint32)
+    if dtype == jnp.float32:
+        return counter_normal.standard_normal(words, shape)
+    return _wide_normal_of_bits(*counter_normal.bits(words, shape), dtype)
 
 
-def _normal_of_bits(bits: jax.Array, dtype: Any) -> jax.Array:  # [2, *shape] uint32 -> [*shape]
-    high, low = (bits[0] >> 1).astype(dtype), bits[1].astype(dtype)
-    lower_tail = (high + (low + 0.5) * 2.0**-32) * 2.0**-32  # in (0, 1/2], relatively exact near 0
+def _wide_normal_of_bits(high: jax.Array, low: jax.Array, dtype: Any) -> jax.Array:
+    lower_tail = ((high >> 1).astype(dtype) + (low.astype(dtype) + 0.5) * 2.0**-32) * 2.0**-32  # in (0, 1/2]
     magnitude = -jax.scipy.special.ndtri(lower_tail)
-    return jnp.where(bits[0] & 1, magnitude, -magnitude)
+    return jnp.where(high & 1, magnitude, -magnitude)
 
 
 def allocate_stddevs(
@@ -79,7 +85,7 @@ def allocate_stddevs(
     raise ValueError(f"unknown noise allocation {allocation!r}.")
 
 
-def add_noise(clipped_sum: Any, stddevs: jax.Array, leaf_groups: tuple[int, ...], *, key: Key) -> Any:
+def add_noise(clipped_sum: Any, stddevs: jax.Array, leaf_groups: tuple[int | tuple[int, ...], ...], *, key: Key) -> Any:
     """Adds one independent N(0, s_k^2) draw to every entry of every leaf of group k.
 
     Noise is drawn and added in the dtype of the sum, float32 or wider. Each leaf has its own stream, keyed by its position
@@ -88,7 +94,7 @@ def add_noise(clipped_sum: Any, stddevs: jax.Array, leaf_groups: tuple[int, ...]
     Args:
         clipped_sum: Pytree of float32 or float64 arrays.
         stddevs: s_k, `[K]`.
-        leaf_groups: The group index of each leaf.
+        leaf_groups: The group index of each leaf; a tuple holds that of each slice along its leading axis.
         key: Fresh for each sum; two different sums must never be noised with one key (S8).
 
     Raises:
@@ -103,5 +109,6 @@ def add_noise(clipped_sum: Any, stddevs: jax.Array, leaf_groups: tuple[int, ...]
                 f"leaf {index} of the clipped sum has dtype {leaf.dtype}; add noise in float32 or wider, then cast."
             )
         draw = standard_normal(jax.random.fold_in(key, index), leaf.shape, leaf.dtype)
-        noised.append(leaf + stddevs[group].astype(leaf.dtype) * draw)
+        scale = stddevs[jnp.asarray(group)].astype(leaf.dtype)  # of the leaf, or of each of its layers
+        noised.append(leaf + scale.reshape(scale.shape + (1,) * (leaf.ndim - scale.ndim)) * draw)
     return treedef.unflatten(noised)

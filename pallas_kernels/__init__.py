@@ -1,3 +1,9 @@
-"""GPU kernels of jaxdp, each beside its definition in plain JAX. Imports JAX only, and is imported on first use."""
+"""Kernels for dense layers, each beside the definition in plain JAX that it is tested against. Imports JAX only."""
 
-from pallas_kernels.reference import dense_clip_and_sum as dense_clip_and_sum, dense_norms as dense_norms
+from pallas_kernels.api import (
+    chosen_implementation as chosen_implementation,
+    clip_noise_dense as clip_noise_dense,
+    gram_norms as gram_norms,
+    wgrad_norms as wgrad_norms,
+)
+from pallas_kernels.support import Implementation as Implementation

@@ -1,46 +1,59 @@
-"""Definitions in plain JAX of what the dense-layer kernels compute: the law that every kernel is tested against.
+"""The definitions in plain JAX of what the dense-layer kernels compute; they run on every device and every supported JAX.
 
 A dense layer y = x @ w sees, for example b, inputs X_b `[T, D]` and output cotangents G_b `[T, P]`; its per-example gradient
-is M_b = X_b^T G_b `[D, P]`. The definitions form M_b for every example; a kernel must not.
+is M_b = X_b^T G_b `[D, P]`. Arguments and guarantees are in `pallas_kernels.api`, which also checks them. Products are exact
+or at the highest precision, sums are in float32.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-
-def _per_example_gradients(x: jax.Array, g: jax.Array) -> jax.Array:  # [B, T, D], [B, T, P] -> [B, D, P]
-    wide = x.astype(jnp.float32), g.astype(jnp.float32)
-    return jnp.einsum("btd,btp->bdp", *wide, precision=lax.Precision.HIGHEST)
+from pallas_kernels import counter_normal
 
 
-def dense_norms(x: jax.Array, g: jax.Array) -> jax.Array:
-    """||X_b^T G_b||_F for each example, `[B]` float32.
-
-    Args:
-        x: Inputs of the layer, `[B, T, D]`.
-        g: Cotangents of its output, `[B, T, P]`.
-    """
-    return jnp.sqrt(jnp.sum(jnp.square(_per_example_gradients(x, g)), axis=(1, 2)))
+def gram_norms(x: jax.Array, g: jax.Array) -> jax.Array:
+    """sum_{t,s} <x_t, x_s> <g_t, g_s> by example; two arrays `[B, T, T]`."""
+    gram_x = _product("btd,bsd->bts", x, x)
+    gram_g = _product("btp,bsp->bts", g, g)
+    return jnp.maximum(jnp.sum(gram_x * gram_g, axis=(1, 2)), 0.0)  # S4d: rounding may leave a tiny norm below zero
 
 
-def dense_clip_and_sum(x: jax.Array, g: jax.Array, *, l2_clip_norm: float, is_padding_example: jax.Array) -> jax.Array:
-    """sum_b min(1, C / ||M_b||_F) M_b over the examples that are not padding, `[D, P]` float32, without noise.
+def wgrad_norms(x: jax.Array, g: jax.Array, *, store: bool, dtype: Any) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """||X_b^T G_b||^2 by example, of the gradients as `dtype` stores them; one array `[B, D, P]`."""
+    gradients = _product("btd,btp->bdp", x, g)
+    if not store:
+        return jnp.sum(jnp.square(gradients), axis=(1, 2))
+    stored = gradients.astype(dtype)
+    return jnp.sum(jnp.square(stored.astype(jnp.float32)), axis=(1, 2)), stored  # S4b: the norm of what is stored
 
-    Noise is added once a logical step, after microbatches and devices have been summed (S7), so it is no part of this.
-    An example with a non-finite entry contributes zero (S9).
 
-    Args:
-        x: Inputs of the layer, `[B, T, D]`.
-        g: Cotangents of its output, `[B, T, P]`.
-        l2_clip_norm: C > 0.
-        is_padding_example: Bool `[B]`.
-    """
-    gradients = _per_example_gradients(x, g)
-    norms = jnp.sqrt(jnp.sum(jnp.square(gradients), axis=(1, 2)))
-    keep = ~is_padding_example & jnp.isfinite(norms)
-    factors = jnp.where(keep, jnp.minimum(1.0, l2_clip_norm / jnp.maximum(norms, jnp.finfo(jnp.float32).tiny)), 0.0)
-    kept = jnp.where(keep[:, None, None], gradients, 0.0)
-    return jnp.einsum("b,bdp->dp", factors, kept, precision=lax.Precision.HIGHEST)
+def clip_noise_dense(
+    x: jax.Array,
+    g: jax.Array,
+    factors: jax.Array,
+    *,
+    accumulator: jax.Array | None,
+    noise_stddev: jax.Array | None,
+    key_data: jax.Array | None,
+) -> jax.Array:
+    """accumulator + sum_b factors_b X_b^T G_b + noise_stddev z, one example after the other."""
+
+    def add(total, example):
+        x_b, g_b, factor = example
+        scaled = factor * _product("td,tp->dp", x_b, g_b)  # S4c: the factor meets the float32 gradient, not an operand
+        return jnp.where(factor != 0.0, total + scaled, total), None  # S9: 0 * inf is NaN, hence no product
+
+    shape = (x.shape[2], g.shape[2])
+    total, _ = lax.scan(add, jnp.zeros(shape, jnp.float32) if accumulator is None else accumulator, (x, g, factors))
+    if noise_stddev is None or key_data is None:
+        return total
+    return total + noise_stddev * counter_normal.standard_normal(key_data, shape)
+
+
+def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(subscripts, a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)

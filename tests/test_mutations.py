@@ -106,8 +106,8 @@ MUTATIONS = {
     ),
     "noise_with_short_tails": Mutation(
         "jaxdp/noise.py",
-        "return _normal_of_bits(jax.random.bits(key, (2, *shape), jnp.uint32), dtype)",
-        "return jnp.clip(_normal_of_bits(jax.random.bits(key, (2, *shape), jnp.uint32), dtype), -4.5, 4.5)",
+        "return counter_normal.standard_normal(words, shape)",
+        "return jnp.clip(counter_normal.standard_normal(words, shape), -4.5, 4.5)",
         "tests/test_noise.py tails",
     ),
     "padding_counted_as_clipped": Mutation(

@@ -7,7 +7,8 @@ import pytest
 from scipy import stats
 
 import jaxdp
-from jaxdp.noise import _normal_of_bits, add_noise, allocate_stddevs, standard_normal
+from jaxdp.noise import _wide_normal_of_bits, add_noise, allocate_stddevs, standard_normal
+from pallas_kernels import counter_normal
 
 SIZE = 20_000
 
@@ -75,28 +76,40 @@ def test_secret_keys_are_fresh_and_typed():
     assert jnp.issubdtype(jaxdp.secret_key().dtype, jax.dtypes.prng_key)
 
 
-def test_the_tails_of_the_noise_reach_nine_standard_deviations():
-    """A generator that ends at 5.2 would make every release beyond it a proof of membership."""
-    words = jnp.array([[0, 1, 2**32 - 1, 2**32 - 2, 2**31], [0, 0, 2**32 - 1, 2**32 - 1, 0]], jnp.uint32)
-    extremes = np.asarray(_normal_of_bits(words, jnp.float32))
-    assert extremes[0] < -9 < 9 < extremes[1]
-    assert np.all(np.isfinite(extremes))
+@pytest.mark.parametrize("sign", [0, 1])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 300)])
+def test_the_tails_of_the_noise_reach_nine_standard_deviations(shape, sign, monkeypatch, key):
+    """A generator that ends at 5.2 would make every release beyond it a proof of membership: all bits must be used."""
+    words = jnp.uint32(sign), jnp.uint32(0)
+    monkeypatch.setattr(counter_normal, "bits", lambda _, shape: tuple(jnp.full(shape, word) for word in words))
+    draw = np.asarray(standard_normal(key, shape, jnp.float32))
+    assert draw.shape == shape
+    assert np.all(np.isfinite(draw))
+    assert np.all(draw > 9 if sign else draw < -9)
 
 
-def test_standard_normal_uses_all_bits_for_its_tails(monkeypatch, key):
-    monkeypatch.setattr(jax.random, "bits", lambda key, shape, dtype: jnp.zeros(shape, dtype))
-    assert np.all(np.asarray(standard_normal(key, (3,), jnp.float32)) < -9)
+def test_noise_in_float64_inverts_the_same_bits(key):
+    with jax.enable_x64(True):
+        wide = standard_normal(key, (50, 200), jnp.float64)
+        assert wide.dtype == jnp.float64
+    np.testing.assert_allclose(standard_normal(key, (50, 200), jnp.float32), wide, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("tail", [1e-3, 1e-6, 1e-10, 1e-15])
-def test_the_tails_of_the_noise_are_the_normal_ones(tail):
-    """The law at given random bits, against scipy, deep into the tail."""
-    high = int(tail * 2**32)
-    low = int((tail * 2**32 - high) * 2**32)
-    words = jnp.array([[(high << 1) | 0, (high << 1) | 1], [low, low]], jnp.uint32)
-    below, above = np.asarray(_normal_of_bits(words, jnp.float32), np.float64)
-    assert below == pytest.approx(stats.norm.ppf(tail), rel=1e-5)
+def test_the_tails_of_the_float64_noise_are_the_normal_ones(tail):
+    """The law at given random bits, against scipy, deep into the tail; float32 is tested with the generator."""
+    high, low = divmod(int(tail * 2**64), 2**32)
+    with jax.enable_x64(True):
+        words = jnp.array([[high << 1, (high << 1) | 1], [low, low]], jnp.uint32)
+        below, above = np.asarray(_wide_normal_of_bits(*words, jnp.float64))
+    assert below == pytest.approx(stats.norm.ppf((2.0**32 * high + low + 0.5) * 2.0**-64), rel=1e-9)
     assert above == -below
+
+
+def test_keys_of_other_generators_draw_too(key):
+    other = jax.random.key(1, impl="rbg")
+    draw = standard_normal(other, (SIZE,), jnp.float32)
+    assert stats.kstest(np.asarray(draw), stats.norm.cdf).pvalue > 1e-3
 
 
 def test_the_noise_is_normal_in_its_body_and_its_tails(key):

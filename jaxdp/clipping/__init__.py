@@ -10,6 +10,7 @@ from jaxdp.clipping.policies import (
     ClippingPolicy as ClippingPolicy,
     Flat as Flat,
     Groups as Groups,
+    LeafGroup as LeafGroup,
     NoiseAllocation as NoiseAllocation,
     PerLayer as PerLayer,
     Quantile as Quantile,

@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from jaxdp.clipping.policies import ClippingPolicy, Groups
+from jaxdp.clipping.policies import ClippingPolicy, Groups, LeafGroup
 
 
 @jax.tree_util.register_dataclass
@@ -47,7 +48,12 @@ def per_example_norms(per_example: Any, groups: Groups) -> jax.Array:
     squares: list[list[jax.Array]] = [[] for _ in groups.names]
     for leaf, group in zip(jax.tree.leaves(per_example), groups.leaf_groups, strict=True):
         wide = leaf.astype(_accumulator(leaf.dtype))
-        squares[group].append(jnp.sum(jnp.square(wide), axis=tuple(range(1, leaf.ndim))))
+        if isinstance(group, tuple):
+            parts = jnp.sum(jnp.square(wide), axis=tuple(range(2, leaf.ndim)))  # [B, layers]
+            for layer, index in enumerate(group):
+                squares[index].append(parts[:, layer])
+        else:
+            squares[group].append(jnp.sum(jnp.square(wide), axis=tuple(range(1, leaf.ndim))))
     widest = max((part.dtype for parts in squares for part in parts), key=lambda dtype: dtype.itemsize)
     return jnp.sqrt(jnp.stack([sum(part.astype(widest) for part in parts) for parts in squares], axis=1))
 
@@ -107,11 +113,16 @@ def clip_and_sum(
     norms = per_example_norms(per_example, groups)
     factors, keep, centered_count = clipping_factors(norms, policy, clip_norms, counts=counts)
 
-    def weighted_sum(leaf: jax.Array, group: int) -> jax.Array:
+    def weighted_sum(leaf: jax.Array, group: LeafGroup) -> jax.Array:
         dtype = _accumulator(leaf.dtype)
-        rows = leaf.reshape(leaf.shape[0], -1).astype(dtype)
-        rows = jnp.where(keep[:, group, None], rows, 0.0)  # S9: zero before the product, since 0 * inf is NaN
-        total = jnp.matmul(factors[:, group].astype(dtype), rows, precision=lax.Precision.HIGHEST)  # S4(a)
+        layers = np.atleast_1d(np.asarray(group))  # [L], one for a leaf that is not stacked
+        rows = leaf.reshape(leaf.shape[0], len(layers), -1).astype(dtype)
+        rows = jnp.where(keep[:, layers, None], rows, 0.0)  # S9: zero before the product, since 0 * inf is NaN
+        weights = factors[:, layers].astype(dtype)
+        if len(layers) == 1:  # the matrix product that XLA does best
+            total = jnp.matmul(weights[:, 0], rows[:, 0], precision=lax.Precision.HIGHEST)  # S4(a)
+        else:
+            total = jnp.einsum("bl,bln->ln", weights, rows, precision=lax.Precision.HIGHEST)
         return total.reshape(leaf.shape[1:])
 
     leaves, treedef = jax.tree.flatten(per_example)

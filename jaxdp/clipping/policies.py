@@ -8,8 +8,9 @@ groups together at most sqrt(sum_k C_k^2).
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -26,18 +27,23 @@ NoiseAllocation: TypeAlias = Literal["global", "equal_budget", "least_energy"]
 _ROUNDING_GUARD = 1.0 - 2.0**-20
 
 
+#: The clipping group of a leaf; a tuple has one for each slice along its leading axis.
+LeafGroup: TypeAlias = int | tuple[int, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Groups:
     """Which leaves are clipped together.
 
     Attributes:
         names: One name for each of the K groups.
-        leaf_groups: The group index of each leaf, in pytree order.
+        leaf_groups: The group index of each leaf, in pytree order; for a leaf of stacked layers, the index of each slice
+            along its leading axis.
         sizes: The number of parameters d_k of each group.
     """
 
     names: tuple[str, ...]
-    leaf_groups: tuple[int, ...]
+    leaf_groups: tuple[LeafGroup, ...]
     sizes: tuple[int, ...]
 
 
@@ -120,16 +126,35 @@ class PerLayer:
     noise_allocation: NoiseAllocation
     group_by: GroupBy
     split: Literal["uniform", "dimension"]
+    stacked: tuple[str, ...] = ()
 
     def groups(self, params: Params) -> Groups:
+        named = _validate.named_leaves(params)
+        self._check_stacked([leaf for leaf, _ in named])
         sizes: dict[str, int] = {}
-        leaf_names = []
-        for leaf, value in _validate.named_leaves(params):
-            name = self._group_of(leaf)
-            leaf_names.append(name)
-            sizes[name] = sizes.get(name, 0) + math.prod(value.shape)
-        names = tuple(sizes)
-        return Groups(names, tuple(names.index(name) for name in leaf_names), tuple(sizes.values()))
+        leaf_names: list[str | list[str]] = []
+        for leaf, value in named:
+            name, size = self._group_of(leaf), math.prod(value.shape)
+            if any(_matches(leaf, pattern) for pattern in self.stacked):
+                if not value.shape or not value.shape[0]:
+                    raise ValueError(f"stacked leaf {leaf!r} has shape {value.shape}, without an axis of layers.")
+                layers = [f"{name}[{layer}]" for layer in range(value.shape[0])]
+                leaf_names.append(layers)
+                sizes |= {layer: sizes.get(layer, 0) + size // len(layers) for layer in layers}
+            else:
+                leaf_names.append(name)
+                sizes[name] = sizes.get(name, 0) + size
+        index = {name: position for position, name in enumerate(sizes)}
+        leaf_groups = tuple(
+            index[names] if isinstance(names, str) else tuple(index[name] for name in names) for names in leaf_names
+        )
+        return Groups(tuple(sizes), leaf_groups, tuple(sizes.values()))
+
+    def _check_stacked(self, leaves: list[str]) -> None:
+        for pattern in self.stacked:
+            if not any(_matches(leaf, pattern) for leaf in leaves):
+                shown = ", ".join(leaves[:8]) + (", ..." if len(leaves) > 8 else "")
+                raise ValueError(f"stacked={pattern!r} matches no parameter; the leaves are {shown}.")
 
     def _group_of(self, leaf: str) -> str:
         if callable(self.group_by):
@@ -172,7 +197,7 @@ class PerLayer:
             by = f"{self.group_by.__module__}.{self.group_by.__qualname__}"
         return (
             f"PerLayer(l2_clip_norm={self.l2_clip_norm!r}, noise_allocation={self.noise_allocation!r}, group_by={by}, "
-            f"split={self.split!r})"
+            f"split={self.split!r}, stacked={self.stacked!r})"
         )
 
     def __str__(self) -> str:
@@ -180,6 +205,10 @@ class PerLayer:
             f"per-layer clipping of each per-example gradient to a joint L2 norm of {self.total_l2_clip_norm:g}, "
             f"noise allocated by the {self.noise_allocation.replace('_', ' ')} rule"
         )
+
+
+def _matches(leaf: str, pattern: str) -> bool:
+    return f"{leaf}/".startswith(f"{pattern}/") or fnmatch.fnmatchcase(leaf, pattern)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,6 +301,7 @@ def per_layer(
     noise_allocation: NoiseAllocation = "global",
     group_by: GroupBy = "module",
     split: Literal["uniform", "dimension"] = "uniform",
+    stacked: str | Sequence[str] = (),
 ) -> PerLayer:
     """Clips the gradient of each layer k by itself to C_k.
 
@@ -287,6 +317,9 @@ def per_layer(
         group_by: What a layer is. `"module"`: the leaves under one parent path (a kernel and its bias); `"leaf"`; or a
             function from a leaf's path, as in `dense/kernel`, to a layer name.
         split: `"uniform"`, C_k = C / sqrt(K); `"dimension"`, C_k = C * sqrt(d_k / sum_j d_j).
+        stacked: Which leaves hold the layers of a `lax.scan` along their leading axis, by path (`"blocks"` is every leaf below
+            it) or shell pattern (`"blocks.*"`): each slice is a layer of its own, called `blocks/dense[3]`. Otherwise a
+            stacked leaf is one layer.
 
     Source: arXiv 2212.01539.
     """
@@ -303,7 +336,11 @@ def per_layer(
     _validate.one_of("split", split, ("uniform", "dimension"))
     if not callable(group_by):
         _validate.one_of("group_by", group_by, ("module", "leaf"))
-    return PerLayer(norms, noise_allocation, group_by, split)
+    prefixes = (stacked,) if isinstance(stacked, str) else tuple(stacked)
+    for prefix in prefixes:
+        if not isinstance(prefix, str) or not prefix.strip("/"):
+            raise TypeError(f"stacked must name parameters by path or pattern, as in 'blocks'; got {prefix!r}.")
+    return PerLayer(norms, noise_allocation, group_by, split, tuple(prefix.strip("/") for prefix in prefixes))
 
 
 def quantile(

@@ -130,8 +130,9 @@ class ClippedGrad:
         batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *np.shape(x)), jnp.result_type(x)), example)
         self._check_fun(params, batch)
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), example)
-        plan = make_plan(self.fun, params, shapes, rows=rows)
-        return explain(plan, choose_method(self.method, self.clipping, plan), self.clipping.groups(params), rows)
+        groups = self.clipping.groups(params)
+        plan = make_plan(self.fun, params, shapes, groups, rows=rows)
+        return explain(plan, choose_method(self.method, self.clipping, plan), groups, rows)
 
     def _check_fun(self, params: Params, batch: Batch) -> None:
         example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x)[1:], jnp.result_type(x)), batch)

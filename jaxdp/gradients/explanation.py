@@ -92,7 +92,7 @@ def _bytes(size: float) -> str:
 def explain(plan: Plan, method: str, groups: Groups, rows: int) -> Explanation:
     early = set()
     if method == "per_layer":
-        early = {site.leaf for sites in plan.early_groups(groups).values() for site in sites}
+        early = {site.leaf for sites in plan.early_groups().values() for site in sites}
     return Explanation(
         method, rows, tuple(_explain_leaf(leaf, method, groups, leaf.index in early) for leaf in plan.leaves)
     )
@@ -105,13 +105,15 @@ def _explain_leaf(leaf: LeafPlan, method: str, groups: Groups, is_early: bool) -
         norm = "stored"
     else:
         norm = leaf.norm_route
+    names = [groups.names[index] for index in (leaf.group if isinstance(leaf.group, tuple) else (leaf.group,))]
+    group = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
     finishes = "backward" if is_early or (method == "two_pass" and leaf.kind != "joint") else "after"
     kept = 0 if finishes == "backward" else leaf.cost.kept_bytes
     passes = 2 if method == "two_pass" and leaf.kind != "joint" and any(site.narrow for site in leaf.sites) else 1
     return LeafExplanation(
         leaf.path,
         leaf.shape,
-        groups.names[groups.leaf_groups[leaf.index]],
+        group,
         leaf.kind,
         norm,
         finishes,

@@ -310,7 +310,12 @@ def _inner(a: Factoring, b: Factoring, x: Payload, y: Payload) -> jax.Array:
     return jnp.sum(left * right, axis=(1, 2, 3))
 
 
-def squared_norm(factorings: Sequence[Factoring], payloads: Sequence[Payload], route: NormRoute) -> jax.Array:
+def squared_norm_of_layers(payload: Payload) -> jax.Array:
+    """||M_b||^2 of each slice along the leading axis of a stored gradient, `[B, L]`."""
+    return jax.vmap(_square_sum)(payload["gradient"])
+
+
+def squared_norm(factorings: Sequence[Factoring | None], payloads: Sequence[Payload], route: NormRoute) -> jax.Array:
     """An upper bound of ||sum_k M_k||^2 for each example, `[B]`, for the uses k of one weight.
 
     It is the squared norm plus a charge for rounding, so that a factor of C / norm keeps what `weighted_sum` adds at or
@@ -318,15 +323,15 @@ def squared_norm(factorings: Sequence[Factoring], payloads: Sequence[Payload], r
     """
     if len(payloads) == 1 and "gradient" in payloads[0]:
         return _square_sum(payloads[0]["gradient"])
-    pairs = list(zip(factorings, payloads, strict=True))
+    pairs = [(factoring, payload) for factoring, payload in zip(factorings, payloads, strict=True) if factoring]
     scales, lost = zip(*(_scale_and_underflow(*pair) for pair in pairs), strict=True)
     total = sum(scales[1:], scales[0])
     if len(pairs) == 1 and payloads[0]["right"].shape[2] == 1:
-        norm = scales[0] if factorings[0].sizes[0] == 1 else _norm_of_one_token(payloads[0])
-    elif len(pairs) == 1 and factorings[0].has_ids:
+        norm = scales[0] if pairs[0][0].sizes[0] == 1 else _norm_of_one_token(payloads[0])
+    elif len(pairs) == 1 and pairs[0][0].has_ids:
         norm = jnp.sqrt(_square_sum(_rows_by_token(payloads[0]["left"], payloads[0]["right"])))
     elif route == "direct":
-        norm = jnp.sqrt(_square_sum(sum_of_gradients(factorings, payloads)))
+        norm = jnp.sqrt(_square_sum(_sum_of_gradients(pairs)))
     else:
         square = jnp.zeros_like(total)
         for k, (factoring, payload) in enumerate(pairs):
@@ -338,12 +343,9 @@ def squared_norm(factorings: Sequence[Factoring], payloads: Sequence[Payload], r
     return jnp.square(norm + charge * total + sum(lost[1:], lost[0]))
 
 
-def sum_of_gradients(factorings: Sequence[Factoring], payloads: Sequence[Payload]) -> jax.Array:
-    gradients = [gradient_of(*pair) for pair in zip(factorings, payloads, strict=True)]
-    total = gradients[0]
-    for gradient in gradients[1:]:
-        total = total + gradient
-    return total
+def _sum_of_gradients(pairs: Sequence[tuple[Factoring, Payload]]) -> jax.Array:
+    gradients = [gradient_of(*pair) for pair in pairs]
+    return sum(gradients[1:], gradients[0])
 
 
 def _norm_of_one_token(payload: Payload) -> jax.Array:
@@ -373,25 +375,29 @@ def _scale_and_underflow(factoring: Factoring, payload: Payload) -> tuple[jax.Ar
 # ---- sums
 
 
-def weighted_sum(factoring: Factoring, payload: Payload, factors: jax.Array, keep: jax.Array) -> jax.Array:
+def weighted_sum(factoring: Factoring | None, payload: Payload, factors: jax.Array, keep: jax.Array) -> jax.Array:
     """sum_b factors_b M_b over the examples to keep, `[H, I, J]` in float32 or wider.
 
     Args:
-        factoring: How the payload was read.
+        factoring: How the payload was read; None if it is a gradient.
         payload: Factors or gradients of B examples.
-        factors: `[B]`.
-        keep: Bool `[B]`; the others are zeroed before any product, since 0 * inf is NaN (S9).
+        factors: `[B]`; or `[B, L]` for a stored gradient of L layers along its leading axis.
+        keep: Bool, as `factors`; the others are zeroed before any product, since 0 * inf is NaN (S9).
     """
 
     def zeroed(x: jax.Array) -> jax.Array:
-        return jnp.where(keep.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros_like(x))
+        return jnp.where(keep.reshape(*keep.shape, *(1,) * (x.ndim - keep.ndim)), x, jnp.zeros_like(x))
 
     if "gradient" in payload:
         gradient = payload["gradient"]
         wide = accumulator(gradient.dtype)
-        rows = zeroed(gradient).astype(wide).reshape(gradient.shape[0], -1)
+        rows = zeroed(gradient).astype(wide).reshape(*factors.shape, -1)
+        if factors.ndim == 2:
+            total = _product("bl,bln->ln", factors.astype(wide), rows)
+            return total.reshape(gradient.shape[1:])
         total = jnp.matmul(factors.astype(wide), rows, precision=lax.Precision.HIGHEST)
         return total.reshape(gradient.shape[1:])
+    assert factoring is not None
     left, right = zeroed(payload["left"]), zeroed(payload["right"])
     wide = accumulator(right.dtype)
     scaled = right.astype(wide) * factors.astype(wide)[:, None, None, None]
@@ -400,7 +406,6 @@ def weighted_sum(factoring: Factoring, payload: Payload, factors: jax.Array, kee
         zeros = jnp.zeros((factoring.sizes[1], rows.shape[-1]), wide)
         return zeros.at[left.reshape(-1).astype(jnp.int32)].add(rows)[None]
     # The product runs in the dtype of its operands; what storing the scaled one loses was charged to the norm (S4c).
-    narrow = jnp.promote_types(left.dtype, right.dtype)
-    if narrow not in _STORED_OPERAND_ERROR:
-        narrow = wide
-    return _product("bhti,bhtj->hij", left.astype(narrow), scaled.astype(narrow))
+    narrow = left.dtype == right.dtype and right.dtype in _STORED_OPERAND_ERROR
+    dtype = right.dtype if narrow else wide
+    return _product("bhti,bhtj->hij", left.astype(dtype), scaled.astype(dtype))

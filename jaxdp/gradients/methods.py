@@ -24,12 +24,12 @@ from jax import lax
 
 from jaxdp import _validate
 from jaxdp._typing import Batch, LossFn, Params
-from jaxdp.clipping import ClippedSum, ClippingPolicy, Groups, PerLayer, clip_and_sum, clipping_factors
+from jaxdp.clipping import ClippedSum, ClippingPolicy, Groups, LeafGroup, PerLayer, clip_and_sum, clipping_factors
 from jaxdp.gradients import jaxprs
-from jaxdp.gradients.factors import Payload, accumulator, squared_norm, weighted_sum
+from jaxdp.gradients.factors import NormRoute, Payload, accumulator, squared_norm, squared_norm_of_layers, weighted_sum
 from jaxdp.gradients.plan import LeafPlan, Plan, make_plan
 from jaxdp.gradients.rewrite import Assignment, evaluate
-from jaxdp.gradients.sites import Key, Site, Slot
+from jaxdp.gradients.sites import NOTHING, Key, Report, Site, Slot, Task
 
 Method: TypeAlias = Literal["auto", "ghost", "vmap", "two_pass", "book_keeping", "per_layer"]
 
@@ -84,11 +84,12 @@ class Problem:
     @functools.cached_property
     def plan(self) -> Plan:
         example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x)[1:], jnp.result_type(x)), self.batch)
-        return make_plan(self.fun, self.params, example, rows=self.size)
+        return make_plan(self.fun, self.params, example, self.groups, rows=self.size)
 
     def losses(self, assignment: Assignment, slots: Mapping[Key, Slot]) -> tuple[jax.Array, list[jax.Array]]:
         """The loss `[B]` of every example, and the other outputs of the function."""
-        depth = {key: Slot(len(assignment.members[key][0].loops), None) for key in slots}
+        axes = {key: Report(len(assignment.members[key][0].loops), None) for key in slots}
+        depth = {key: Slot(axis, axis) for key, axis in axes.items()}
         params = jax.tree.leaves(self.params)
 
         def one(example: Any, slots: Any) -> list[jax.Array]:
@@ -115,18 +116,18 @@ def _totals(site: Site, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 def _payload_slot(site: Site, size: int) -> Slot:
     rows = {name: _rows(site, size, shape.shape, shape.dtype) for name, shape in site.payload.items()}
-    return Slot(rows, None)
+    return Slot(Report(rows, None), NOTHING)
 
 
 def _total_dtype(site: Site) -> Any:
     return accumulator(*(shape.dtype for shape in site.payload.values()))
 
 
-def _report_payload(key: Key) -> Callable[..., Slot]:
-    return lambda payloads, slot: Slot(payloads[key], None)
+def _report_payload(key: Key) -> Task:
+    return lambda payloads, given: Report(payloads[key], None)
 
 
-def _assign(plan: Plan, chosen: Sequence[tuple[Key, Sequence[Site], Callable[..., Slot]]]) -> Assignment:
+def _assign(plan: Plan, chosen: Sequence[tuple[Key, Sequence[Site], Task]]) -> Assignment:
     """An assignment in which only the chosen sites report."""
     members = {key: tuple(sites) for key, sites, _ in chosen}
     tasks = {key: task for key, _, task in chosen}
@@ -165,34 +166,81 @@ def _merged(site: Site, payload: Payload) -> tuple[Payload, bool]:
     return {name: move(name, value) for name, value in payload.items()}, bool(stacked)
 
 
+def _lengths(site: Site) -> list[int]:
+    return [loop.length for loop in site.loops if loop.is_stacked]
+
+
 def _late_squared_norm(leaf: LeafPlan, payloads: Mapping[Key, Payload]) -> jax.Array:
+    """The squared norm of each example, `[B]`; of each of its layers, `[B, L]`, where these are clipped one by one."""
+
     def norm(sites: Sequence[Site]) -> jax.Array:
         merged = [_merged(site, payloads[site.key]) for site in sites]
         values, has_axis = [payload for payload, _ in merged], merged[0][1]
 
         def one(values: Sequence[Payload]) -> jax.Array:
-            return squared_norm([site.factoring for site in sites], values, leaf.norm_route)
+            return _squared_norm(leaf, sites, values)
 
-        return jnp.sum(lax.map(one, values), axis=0) if has_axis else one(values)
+        if not has_axis:
+            return _by_layer(leaf, sites[0], one(values))
+        square = lax.map(one, values)
+        return _by_layer(leaf, sites[0], square.reshape(*_lengths(sites[0]), *square.shape[1:]))
 
     if leaf.kind == "joint":
         return norm(leaf.sites)
     return _add([norm([site]) for site in leaf.sites])
 
 
+def _squared_norm(leaf: LeafPlan, sites: Sequence[Site], payloads: Sequence[Payload]) -> jax.Array:
+    if _is_whole_stack(leaf, sites[0]):
+        return squared_norm_of_layers(payloads[0])
+    return squared_norm([site.factoring for site in sites], payloads, leaf.norm_route)
+
+
+def _is_whole_stack(leaf: LeafPlan, site: Site) -> bool:
+    """Whether a site holds all layers of a leaf that are clipped one by one."""
+    return isinstance(leaf.group, tuple) and not site.scans_layers and site.layer is None
+
+
+def _by_layer(leaf: LeafPlan, site: Site, square: jax.Array) -> jax.Array:
+    """`[*stacked, B]`, or `[B, L]` for a whole stack, to `[B]`, or to `[B, L]` if the layers are clipped one by one."""
+    if not isinstance(leaf.group, tuple):
+        return jnp.sum(square, axis=tuple(range(square.ndim - 1)))
+    if _is_whole_stack(leaf, site):
+        return square
+    if site.scans_layers:
+        return jnp.sum(square, axis=tuple(range(1, square.ndim - 1))).T
+    square = jnp.sum(square, axis=tuple(range(square.ndim - 1)))
+    return jnp.zeros((len(square), len(leaf.group)), square.dtype).at[:, site.layer].set(square)
+
+
+def _of_site(leaf: LeafPlan, site: Site, values: jax.Array) -> jax.Array:
+    """The columns of `[B, K]` that concern a site: `[B]`, `[layers, B]` if it scans the layers, `[B, L]` for a whole stack."""
+    if not isinstance(leaf.group, tuple):
+        return values[:, leaf.group]
+    if site.layer is not None:
+        return values[:, leaf.group[site.layer]]
+    columns = values[:, jnp.asarray(leaf.group)]
+    return columns.T if site.scans_layers else columns
+
+
 def _late_sum(leaf: LeafPlan, payloads: Mapping[Key, Payload], factors: jax.Array, keep: jax.Array) -> jax.Array:
     def total(site: Site) -> jax.Array:
         merged, has_axis = _merged(site, payloads[site.key])
-
-        def one(payload: Payload) -> jax.Array:
-            return weighted_sum(site.factoring, payload, factors, keep)
-
+        rows = _of_site(leaf, site, factors), _of_site(leaf, site, keep)
         if not has_axis:
-            return site.to_leaf(one(merged))
-        stacked = [loop.length for loop in site.loops if loop.is_stacked]
-        return site.to_leaf(lax.map(one, merged).reshape(*stacked, *site.total_shape))
+            return site.to_leaf(weighted_sum(site.factoring, merged, *rows))
+        lengths = _lengths(site)
+        rows = tuple(_over_loops(row, lengths).reshape(-1, row.shape[-1]) for row in rows)
+        sums = lax.map(lambda xs: weighted_sum(site.factoring, *xs), (merged, *rows))
+        return site.to_leaf(sums.reshape(*lengths, *site.total_shape))
 
     return _add([total(site) for site in leaf.sites])
+
+
+def _over_loops(row: jax.Array, lengths: Sequence[int]) -> jax.Array:
+    """`[B]` or `[layers, B]`, repeated to `[*lengths, B]`."""
+    row = row.reshape(*row.shape[:-1], *(1,) * (len(lengths) + 1 - row.ndim), row.shape[-1])
+    return jnp.broadcast_to(row, (*lengths, row.shape[-1]))
 
 
 def _add(arrays: Sequence[jax.Array]) -> jax.Array:
@@ -203,11 +251,14 @@ def _add(arrays: Sequence[jax.Array]) -> jax.Array:
 
 
 def _norms(problem: Problem, squares: Mapping[int, jax.Array]) -> jax.Array:
-    """`[B, K]` from the squared norm `[B]` of each leaf."""
+    """`[B, K]` from the squared norms of each leaf."""
     dtype = accumulator(*(leaf.dtype for leaf in jax.tree.leaves(problem.params)))
     parts: list[list[jax.Array]] = [[jnp.zeros(problem.size, dtype)] for _ in problem.groups.names]
     for leaf, square in squares.items():
-        parts[problem.groups.leaf_groups[leaf]].append(square.astype(dtype))
+        group = problem.groups.leaf_groups[leaf]
+        columns = [(group, square)] if isinstance(group, int) else list(zip(group, square.T, strict=True))
+        for index, column in columns:
+            parts[index].append(column.astype(dtype))
     return jnp.sqrt(jnp.stack([_add(part) for part in parts], axis=1))
 
 
@@ -258,63 +309,67 @@ def by_two_passes(problem: Problem) -> Clipped:
 
     The second pass differentiates the same loss again, not one scaled by the factors: scaling before the backward pass would
     round differently from the pass whose norms were taken (S4). Where operands are narrower than float32 each site clips
-    once more to the norm that the first pass found for it, since two compiled passes may round differently.
+    once more to the norm that the first pass found for it, since two compiled passes may round differently; uses with a
+    joint norm then keep their factors.
     """
+    plan = problem.plan
     first: list[tuple[Key, Sequence[Site], Any]] = []
     slots: dict[Key, Slot] = {}
-    for leaf in problem.plan.leaves:
+    for leaf in plan.leaves:
         for site in leaf.sites:
             if leaf.kind == "joint":
                 slots[site.key] = _payload_slot(site, problem.size)
                 first.append((site.key, [site], _report_payload(site.key)))
             else:
-                slots[site.key] = Slot({"square": _rows(site, problem.size, (), _total_dtype(site))}, None)
+                shape = (leaf.shape[0],) if _is_whole_stack(leaf, site) else ()
+                square = _rows(site, problem.size, shape, _total_dtype(site))
+                slots[site.key] = Slot(Report(square, None), NOTHING)
                 first.append((site.key, [site], _report_norm(site, leaf)))
-    assignment = _assign(problem.plan, first)
+    assignment = _assign(plan, first)
     loss, pull, rest = jax.vjp(lambda slots: problem.losses(assignment, slots), slots, has_aux=True)
     (reports,) = pull(jnp.ones_like(loss))
     squares: dict[int, jax.Array] = {}
-    for leaf in problem.plan.leaves:
+    for leaf in plan.leaves:
         if leaf.kind == "joint":
-            squares[leaf.index] = _late_squared_norm(leaf, {site.key: reports[site.key].rows for site in leaf.sites})
+            squares[leaf.index] = _late_squared_norm(
+                leaf, {site.key: reports[site.key].report.rows for site in leaf.sites}
+            )
         elif leaf.sites:
-            parts = [_over_loops(site, reports[site.key].rows["square"]) for site in leaf.sites]
+            parts = [_by_layer(leaf, site, reports[site.key].report.rows) for site in leaf.sites]
             squares[leaf.index] = _add(parts)
+    kept = [leaf for leaf in plan.leaves if leaf.kind == "joint" and any(site.narrow for site in leaf.sites)]
 
     def totals(factors: jax.Array, keep: jax.Array) -> Any:
         second: list[tuple[Key, Sequence[Site], Any]] = []
         slots: dict[Key, Slot] = {}
-        for leaf in problem.plan.leaves:
-            if leaf.kind == "joint":
-                continue
-            group = problem.groups.leaf_groups[leaf.index]
+        for leaf in plan.leaves:
             for site in leaf.sites:
+                if leaf in kept:
+                    continue
                 lengths = [loop.length for loop in site.loops]
-
-                def everywhere(x: jax.Array, lengths: Sequence[int] = lengths) -> jax.Array:
-                    return jnp.broadcast_to(x, (*lengths, *x.shape))
-
                 rows = {
-                    "factors": everywhere(factors[:, group]),
-                    "keep": everywhere(keep[:, group].astype(jnp.float32)),
+                    "factors": _of_site(leaf, site, factors),
+                    "keep": _of_site(leaf, site, keep.astype(factors.dtype)),
                 }
+                if not _is_whole_stack(leaf, site):
+                    rows = {name: _over_loops(row, lengths) for name, row in rows.items()}
                 if site.narrow:
-                    rows["square"] = reports[site.key].rows["square"]
-                slots[site.key] = Slot(rows, _totals(site, site.total_shape, _total_dtype(site)))
+                    rows["square"] = reports[site.key].report.rows
+                total = _totals(site, site.total_shape, _total_dtype(site))
+                slots[site.key] = Slot(Report(None, total), Report(rows, None))
                 second.append((site.key, [site], _report_sum(site, leaf)))
-        assignment = _assign(problem.plan, second)
+        assignment = _assign(plan, second)
         again, pull, _ = jax.vjp(lambda slots: problem.losses(assignment, slots), slots, has_aux=True)
         # The barrier starts the second pass after the first: merged, they would keep every factor alive.
         seeds, _ = lax.optimization_barrier((jnp.ones_like(again), factors))
         (sums,) = pull(seeds)
         value = []
-        for leaf in problem.plan.leaves:
-            group = problem.groups.leaf_groups[leaf.index]
-            if leaf.kind == "joint":
-                payloads = {site.key: reports[site.key].rows for site in leaf.sites}
-                value.append(_late_sum(leaf, payloads, factors[:, group], keep[:, group]))
+        for leaf in plan.leaves:
+            if leaf in kept:
+                payloads = {site.key: reports[site.key].report.rows for site in leaf.sites}
+                value.append(_late_sum(leaf, payloads, factors, keep))
             elif leaf.sites:
-                value.append(_add([site.to_leaf(sums[site.key].totals) for site in leaf.sites]))
+                value.append(_add([site.to_leaf(sums[site.key].report.totals) for site in leaf.sites]))
             else:
                 value.append(_zero(problem, leaf.index))
         return jax.tree.unflatten(jax.tree.structure(problem.params), value)
@@ -322,29 +377,24 @@ def by_two_passes(problem: Problem) -> Clipped:
     return _finish(problem, loss, problem.aux(rest), _norms(problem, squares), totals)
 
 
-def _over_loops(site: Site, square: jax.Array) -> jax.Array:
-    return jnp.sum(square, axis=tuple(range(len(site.loops))))
-
-
-def _report_norm(site: Site, leaf: LeafPlan) -> Callable[..., Slot]:
-    def task(payloads: Mapping[Key, Payload], slot: Slot) -> Slot:
-        square = squared_norm([site.factoring], [payloads[site.key]], leaf.norm_route)
-        return Slot({"square": square.astype(slot.rows["square"].dtype)}, None)
+def _report_norm(site: Site, leaf: LeafPlan) -> Task:
+    def task(payloads: Mapping[Key, Payload], given: Report) -> Report:
+        del given
+        return Report(_squared_norm(leaf, [site], [payloads[site.key]]).astype(_total_dtype(site)), None)
 
     return task
 
 
-def _report_sum(site: Site, leaf: LeafPlan) -> Callable[..., Slot]:
-    def task(payloads: Mapping[Key, Payload], slot: Slot) -> Slot:
-        rows, payload = slot.rows, payloads[site.key]
-        factors, keep = rows["factors"], rows["keep"] > 0
+def _report_sum(site: Site, leaf: LeafPlan) -> Task:
+    def task(payloads: Mapping[Key, Payload], given: Report) -> Report:
+        rows, payload = given.rows, payloads[site.key]
+        factors, keep = rows["factors"], rows["keep"]
         if "square" in rows:
-            now = squared_norm([site.factoring], [payload], leaf.norm_route)
+            now = _squared_norm(leaf, [site], [payload])
             keep = keep & jnp.isfinite(now)
-            excess = jnp.where(now > rows["square"], rows["square"] / now, 1.0)
-            factors = factors * jnp.sqrt(excess)
+            factors = factors * jnp.sqrt(jnp.where(now > rows["square"], rows["square"] / now, 1.0))
         total = weighted_sum(site.factoring, payload, factors, keep)
-        return Slot(jax.tree.map(jnp.zeros_like, rows), total.astype(slot.totals.dtype))
+        return Report(None, total.astype(_total_dtype(site)))
 
     return task
 
@@ -356,17 +406,17 @@ def by_one_pass(problem: Problem, *, finish_groups: bool) -> Clipped:
     factors, or their per-example gradients where these are smaller, and are finished afterwards.
     """
     plan = problem.plan
-    early = plan.early_groups(problem.groups) if finish_groups else {}
+    early = plan.early_groups() if finish_groups else {}
     early_leaves = {site.leaf for sites in early.values() for site in sites}
     chosen: list[tuple[Key, Sequence[Site], Any]] = []
     slots: dict[Key, Slot] = {}
-    keys: dict[int, Key] = {}
+    keys: dict[LeafGroup, Key] = {}
     for group, sites in early.items():
         key = keys[group] = (sites[0].scope, f"group {group}")
         sums = {f"{site.leaf}": _totals(site, site.total_shape, _total_dtype(site)) for site in sites}
         dtype = accumulator(*(total.dtype for total in sums.values()))
-        totals = {"clip_norm": problem.clip_norms[group], "sums": sums}
-        slots[key] = Slot({"norm": _rows(sites[0], problem.size, (), dtype)}, totals)
+        norm = _rows(sites[0], problem.size, (), dtype)
+        slots[key] = Slot(Report(norm, sums), Report(None, problem.clip_norms[jnp.asarray(group)]))
         chosen.append((key, sites, _clip_group(problem, sites)))
     for leaf in plan.leaves:
         if leaf.index not in early_leaves:
@@ -379,7 +429,7 @@ def by_one_pass(problem: Problem, *, finish_groups: bool) -> Clipped:
     seeds = jnp.where(problem.counts(loss), 1.0, 0.0).astype(loss.dtype) if early else jnp.ones_like(loss)
     (reports,) = pull(seeds)
 
-    payloads = {site.key: reports[site.key].rows for site in plan.sites if site.key in reports}
+    payloads = {site.key: reports[site.key].report.rows for site in plan.sites if site.key in reports}
     squares = {
         leaf.index: _late_squared_norm(leaf, payloads)
         for leaf in plan.leaves
@@ -387,17 +437,16 @@ def by_one_pass(problem: Problem, *, finish_groups: bool) -> Clipped:
     }
     norms = _norms(problem, squares)
     for group, key in keys.items():
-        norms = norms.at[:, group].set(reports[key].rows["norm"].astype(norms.dtype))
+        norms = norms.at[:, jnp.asarray(group)].set(reports[key].report.rows.T.astype(norms.dtype))
 
     def totals(factors: jax.Array, keep: jax.Array) -> Any:
         value = []
         for leaf in plan.leaves:
-            group = problem.groups.leaf_groups[leaf.index]
             if leaf.index in early_leaves:
                 (site,) = leaf.sites
-                value.append(site.to_leaf(reports[keys[group]].totals["sums"][f"{leaf.index}"]))
+                value.append(site.to_leaf(reports[keys[leaf.group]].report.totals[f"{leaf.index}"]))
             elif leaf.sites:
-                value.append(_late_sum(leaf, payloads, factors[:, group], keep[:, group]))
+                value.append(_late_sum(leaf, payloads, factors, keep))
             else:
                 value.append(_zero(problem, leaf.index))
         return jax.tree.unflatten(jax.tree.structure(problem.params), value)
@@ -405,20 +454,20 @@ def by_one_pass(problem: Problem, *, finish_groups: bool) -> Clipped:
     return _finish(problem, loss, problem.aux(rest), norms, totals)
 
 
-def _clip_group(problem: Problem, sites: Sequence[Site]) -> Callable[..., Slot]:
-    routes = {leaf.index: leaf.norm_route for leaf in problem.plan.leaves}
+def _clip_group(problem: Problem, sites: Sequence[Site]) -> Task:
+    routes: dict[int, NormRoute] = {leaf.index: leaf.norm_route for leaf in problem.plan.leaves}
+    dtype = accumulator(*(_total_dtype(site) for site in sites))
 
-    def task(payloads: Mapping[Key, Payload], slot: Slot) -> Slot:
+    def task(payloads: Mapping[Key, Payload], given: Report) -> Report:
         squares = [
-            squared_norm([site.factoring], [payloads[site.key]], routes[site.leaf]).astype(slot.rows["norm"].dtype)
-            for site in sites
+            squared_norm([site.factoring], [payloads[site.key]], routes[site.leaf]).astype(dtype) for site in sites
         ]
         norm = jnp.sqrt(_add(squares))
         keep = jnp.isfinite(norm)  # S9
-        bound = slot.totals["clip_norm"].astype(norm.dtype)
+        bound = given.totals.astype(dtype)
         factors = jnp.where(keep, problem.policy.factors(norm[:, None], bound[None, None])[:, 0], 0.0)
         sums = {f"{site.leaf}": weighted_sum(site.factoring, payloads[site.key], factors, keep) for site in sites}
-        return Slot({"norm": norm}, {"clip_norm": jnp.zeros_like(slot.totals["clip_norm"]), "sums": sums})
+        return Report(norm, sums)
 
     return task
 

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 from jaxdp import _validate
 from jaxdp._typing import Example, LossFn, Params
-from jaxdp.clipping import Groups
+from jaxdp.clipping import Groups, LeafGroup
 from jaxdp.gradients import jaxprs
 from jaxdp.gradients.cost_model import Cost, cost_of, norm_route
 from jaxdp.gradients.factors import NormRoute
-from jaxdp.gradients.sites import Site, site_of_copy, site_of_use
+from jaxdp.gradients.sites import Site, site_of_copy, site_of_leaf, site_of_use
 from jaxdp.gradients.uses import Kind, find_uses
 
 
@@ -27,6 +27,7 @@ class LeafPlan:
         index: Its position among the leaves.
         path: Its path in the pytree.
         shape: Its shape.
+        group: Its clipping group; for a leaf of stacked layers, that of each slice.
         kind: How the function uses it.
         reason: Why the kind is what it is.
         sites: Where its gradient is reported; empty if it has none.
@@ -37,6 +38,7 @@ class LeafPlan:
     index: int
     path: str
     shape: tuple[int, ...]
+    group: LeafGroup
     kind: Kind
     reason: str
     sites: tuple[Site, ...]
@@ -65,28 +67,40 @@ class Plan:
     def sites(self) -> list[Site]:
         return [site for leaf in self.leaves for site in leaf.sites]
 
-    def early_groups(self, groups: Groups) -> dict[int, Sequence[Site]]:
-        """The clipping groups whose sites all lie in one scope, so that they can finish inside the backward pass."""
+    def early_groups(self) -> dict[LeafGroup, Sequence[Site]]:
+        """The clipping groups whose sites all lie in one scope, so that they can finish inside the backward pass.
+
+        The groups of stacked layers are one entry, if the sites lie in one scan over just these layers.
+        """
         members: dict[int, list[LeafPlan]] = {}
         for leaf in self.leaves:
-            if leaf.sites:
-                members.setdefault(groups.leaf_groups[leaf.index], []).append(leaf)
-        early: dict[int, Sequence[Site]] = {}
-        for group, leaves in members.items():
+            for group in leaf.group if isinstance(leaf.group, tuple) else (leaf.group,):
+                if leaf.sites:
+                    members.setdefault(group, []).append(leaf)
+        early: dict[LeafGroup, Sequence[Site]] = {}
+        for leaves in members.values():
             sites = [site for leaf in leaves for site in leaf.sites]
             alone = all(len(leaf.sites) == 1 and leaf.kind != "joint" for leaf in leaves)
-            if alone and len({site.scope for site in sites}) == 1 and not any(site.loops for site in sites):
-                early[group] = sites
+            together = len({leaf.group for leaf in leaves}) == 1 and len({site.scope for site in sites}) == 1
+            if not alone or not together:
+                continue
+            if isinstance(leaves[0].group, tuple):
+                fits = all(site.scans_layers and len(site.loops) == 1 for site in sites)
+            else:
+                fits = not any(site.loops for site in sites)
+            if fits:
+                early[leaves[0].group] = sites
         return early
 
 
-def make_plan(fun: LossFn, params: Params, example: Example, *, rows: int) -> Plan:
+def make_plan(fun: LossFn, params: Params, example: Example, groups: Groups, *, rows: int) -> Plan:
     """Analyzes `fun(params, example)` at the shapes of its arguments.
 
     Args:
         fun: The loss of one example.
         params: Pytree of arrays or `jax.ShapeDtypeStruct`s.
         example: One example, without a batch axis.
+        groups: The clipping groups of the leaves.
         rows: Examples that are differentiated at once.
     """
     traced = jaxprs.trace(fun, params, example)
@@ -95,6 +109,7 @@ def make_plan(fun: LossFn, params: Params, example: Example, *, rows: int) -> Pl
     leaves = []
     for index, ((path, leaf), found) in enumerate(zip(named, uses, strict=True)):
         sites: tuple[Site, ...] = ()
+        kind, reason, group = found.kind, found.reason, groups.leaf_groups[index]
         route: NormRoute = "gram"
         if found.kind == "copy":
             assert found.copy is not None
@@ -103,6 +118,9 @@ def make_plan(fun: LossFn, params: Params, example: Example, *, rows: int) -> Pl
             route, spills = norm_route([(use.factoring, use.loops) for use in found.uses], rows, leaf.dtype)
             spills = spills and found.kind not in ("joint", "embedding")
             sites = tuple(site_of_use(use, index, spills=spills) for use in found.uses)
+        if isinstance(group, tuple) and not all(site.scans_layers or site.layer is not None for site in sites):
+            kind, reason = "copy", f"its layers are not used one by one: {reason}"
+            sites = (site_of_leaf(index, traced.body.invars[index]),)
         cost = cost_of(sites, route, rows)
-        leaves.append(LeafPlan(index, path, tuple(leaf.shape), found.kind, found.reason, sites, route, cost))
+        leaves.append(LeafPlan(index, path, tuple(leaf.shape), group, kind, reason, sites, route, cost))
     return Plan(traced, tuple(leaves))

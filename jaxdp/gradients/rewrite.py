@@ -211,13 +211,11 @@ def _scan(scan: jaxprs.Scan, operands: list[Any], batched: list[bool], path: Pat
     below = slots_below(scope.slots, path)
     # A slot's rows have one entry for each iteration; its totals only if each iteration has entries of its own.
     stacked = {key: _loop_of(scope.assignment, key, path).is_stacked for key in below}
-    sliced = {key: Slot(slot.rows, slot.totals if stacked[key] else None) for key, slot in below.items()}
+    sliced = {key: slot if stacked[key] else slot.with_totals_of(None) for key, slot in below.items()}
 
     def inside(carry: list[Any], xs: Any) -> tuple[list[Any], list[Any]]:
         slices, slots = xs
-        slots = {
-            key: Slot(slot.rows, slot.totals if stacked[key] else below[key].totals) for key, slot in slots.items()
-        }
+        slots = {key: slot if stacked[key] else slot.with_totals_of(below[key]) for key, slot in slots.items()}
         arguments = [*consts, *carry, *slices]
         out = _plain(_run(scan.body, arguments, settled, path, _Scope(scope.assignment, slots)))
         return out[: scan.num_carry], out[scan.num_carry :]

@@ -32,8 +32,8 @@ Key: TypeAlias = tuple[Path, str]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Slot:
-    """What goes into a site and comes out as a cotangent of the same structure.
+class Report:
+    """What sites report, as the cotangent of arrays of the same shapes.
 
     Attributes:
         rows: Arrays with one entry for each example, `[*loops, B, ...]`.
@@ -42,6 +42,34 @@ class Slot:
 
     rows: Any
     totals: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """The argument of a site through which it reports.
+
+    Attributes:
+        report: Zeros that nothing reads: their cotangent is the report.
+        given: What the task reads, in the same two kinds.
+    """
+
+    report: Report
+    given: Report
+
+    def with_totals_of(self, other: Slot | None) -> Slot:
+        """This slot with the totals of another one; without totals for None."""
+
+        def replaced(here: Report, there: Report | None) -> Report:
+            return Report(here.rows, None if there is None else there.totals)
+
+        return Slot(
+            replaced(self.report, other and other.report),
+            replaced(self.given, other and other.given),
+        )
+
+
+NOTHING = Report(None, None)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,6 +105,17 @@ class Site:
     other: int
     copied_var: Any = None
     is_rematerialized: bool = False
+
+    @property
+    def layer(self) -> int | None:
+        """Which slice along the leading axis of the leaf it lies in, if its view starts by taking a single one."""
+        box = self.view.ops[0].box if self.view.ops else None
+        return box[0][0] if box and box[0][1] - box[0][0] == 1 else None
+
+    @property
+    def scans_layers(self) -> bool:
+        """Whether its outermost stacked loop runs along the leading axis of the leaf."""
+        return bool(self.view.ops) and self.view.ops[0].is_scan_slice
 
     @property
     def num_stacked(self) -> int:
@@ -134,6 +173,12 @@ def site_of_copy(copy: CopyPoint, leaf: int) -> Site:
     )
 
 
+def site_of_leaf(leaf: int, var: Any) -> Site:
+    """The copy of a whole leaf, where it enters the function."""
+    view = View(leaf, (), tuple(var.aval.shape))
+    return site_of_copy(CopyPoint((), (), (), var, view, var.aval.dtype), leaf)
+
+
 def _without_batch(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), tree)
 
@@ -146,9 +191,9 @@ def _payload(factoring: Factoring | None, spills: bool, x: Any, g: jax.Array) ->
 
 
 class Task(Protocol):
-    """From the payloads of the sites that finish together, and their slot, to the cotangent of that slot."""
+    """From the payloads of the sites that finish together, and what was given, to the report."""
 
-    def __call__(self, payloads: Mapping[Key, Payload], slot: Slot) -> Slot: ...
+    def __call__(self, payloads: Mapping[Key, Payload], given: Report) -> Report: ...
 
 
 def zeros_like(shapes: Any) -> Any:
@@ -204,7 +249,9 @@ def run_site(
 
         x = jax.tree.map(expand, x, in_batched[0])
         if slot is not None:
-            slot = Slot(jax.tree.map(expand, slot.rows, in_batched[2].rows), slot.totals)
+            for is_batched in (in_batched[2].report, in_batched[2].given):
+                assert all(jax.tree.leaves(is_batched.rows)), "rows without a batch axis"
+                assert not any(jax.tree.leaves(is_batched.totals)), "totals with a batch axis"
         token = jax.tree.map(expand, token, in_batched[3])
         out = _batched_site(site, primal, task, token_shapes, size)(x, w, slot, token)
         return out, jax.tree.map(lambda _: True, out)
@@ -230,10 +277,10 @@ def _batched_site(
 
     def fwd(x: Any, w: jax.Array, slot: Any, token: Any) -> Any:
         del token
-        return (forward(x, w), tokens()), (x, w if x is not None else None, slot)
+        return (forward(x, w), tokens()), (x, w if x is not None else None, slot and slot.given)
 
     def bwd(residuals: Any, cotangents: Any) -> Any:
-        (x, w, slot), (g, later) = residuals, cotangents
+        (x, w, given), (g, later) = residuals, cotangents
         dx = None
         if x is not None and jnp.issubdtype(x.dtype, jnp.inexact):
             (dx,) = jax.vjp(lambda rows: forward(rows, w), x)[1](g)
@@ -242,9 +289,9 @@ def _batched_site(
             # barrier the norm and the sum read the same stored operands.
             x, g = lax.optimization_barrier((x, g))
         payloads = {site.key: _payload(site.factoring, site.spills, x, g), **(later or {})}
-        report = None if task is None else task(payloads, slot)
-        earlier = payloads if task is None else None
-        return dx, None, report, earlier
+        if task is None:
+            return dx, None, None, payloads
+        return dx, None, Slot(task(payloads, given), NOTHING), None
 
     operation.defvjp(fwd, bwd)
     return operation

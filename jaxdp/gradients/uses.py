@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jaxdp.gradients import factors, jaxprs
 from jaxdp.gradients.factors import Factoring
-from jaxdp.gradients.views import View, are_disjoint, view_ops
+from jaxdp.gradients.views import View, ViewOp, are_disjoint, view_ops
 
 #: Position of an equation: its index in each body on the way, with the branch for a cond.
 Path: TypeAlias = tuple[Any, ...]
@@ -200,7 +200,9 @@ class _Finder:
         arrivals = [arrival for arrival in operands if arrival is not None]
         ops = view_ops(eqn) if len(arrivals) == 1 and operands[0] is not None else None
         if ops is not None:
-            arrival = arrivals[0] if len(ops) == 1 else _settled(arrivals[0])
+            (arrival,) = arrivals
+            if len(ops) > 1:
+                arrival = dataclasses.replace(arrival, copy_is_settled=True)
             return [_moved(arrival, op, tuple(var.aval.shape)) for op, var in zip(ops, eqn.outvars, strict=True)]
         for operand, arrival in enumerate(operands):
             if arrival is not None:
@@ -257,7 +259,7 @@ def _settled(arrival: _Arrival | None) -> _Arrival | None:
     return None if arrival is None else dataclasses.replace(arrival, copy_is_settled=True)
 
 
-def _moved(arrival: _Arrival, op: Any, shape: tuple[int, ...]) -> _Arrival:
+def _moved(arrival: _Arrival, op: ViewOp | None, shape: tuple[int, ...]) -> _Arrival | None:
     view = arrival.view if op is None else View(arrival.view.leaf, (*arrival.view.ops, op), shape)
     return dataclasses.replace(arrival, view=view)
 
@@ -294,8 +296,7 @@ def _conclude(finder: _Finder, leaf: int) -> LeafUses:
     if all(loop.is_stacked for use in uses for loop in use.loops) and all(
         are_disjoint(a.view, b.view) or _are_exclusive(a.place, b.place) for a, b in itertools.combinations(uses, 2)
     ):
-        kinds = dict.fromkeys(use.factoring.kind for use in uses)
-        return LeafUses(next(iter(kinds)), uses, None, _describe(uses))
+        return LeafUses(uses[0].factoring.kind, uses, None, _describe(uses))
     aligned = _aligned(uses)
     if isinstance(aligned, str):
         return LeafUses("copy", (), finder.copies[leaf], aligned)
