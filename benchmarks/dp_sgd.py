@@ -1,11 +1,13 @@
 """Throughput and peak memory of one DP-SGD step: jaxdp, its peers, and training without privacy.
 
-    python -m benchmarks.dp_sgd --peers jax_privacy,opacus,optax --model mlp --json results.json
+    python -m benchmarks.dp_sgd --peers jax_privacy,opacus,optax --preset mlp_small --json results.json
 
-All contenders train one model on one batch: flat clipping at one norm, Gaussian noise of one multiplier, SGD. Before anything
-is timed, each must produce jaxdp's update: the noiseless one to `TOLERANCE`, and noise of the right standard deviation. Then
-they run in turns, round after round, in this process. Peak memory is what XLA reserves and, for PyTorch as well, how far the
-resident set of a fresh process rises while it runs the contender alone.
+All contenders train one model on one batch: clipping at one norm, Gaussian noise of one multiplier, SGD. Those that can
+split the batch run at the size of microbatch that a short run before finds fastest. Before anything is timed, each must
+produce the update of the definition: the noiseless one to `checks.TOLERANCE`, and noise of the right standard deviation.
+Then they run in turns, round after round, in this process. `jaxdp_clip_only` is jaxdp without its noise, so that the two
+costs are seen apart. Peak memory is what XLA reserves and, for PyTorch as well, how far the resident set of a fresh process
+rises while it runs the contender alone.
 """
 
 from __future__ import annotations
@@ -19,24 +21,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
-import optax
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import harness
+from benchmarks import checks, harness, tuning
 from benchmarks.harness import Spread
-from benchmarks.models import Mlp, Model, Params, Transformer
-from benchmarks.peers import CONTENDERS, PEERS, Contender, Problem, Settings, Trainer, memory_alone, parse_peers
-
-# Float32 implementations of one sum differ by rounding, some 1e-7; jaxdp also clips a few units in the last place below the
-# clip norm, so that rounding cannot exceed it, and Opacus adds 1e-6 to every norm.
-TOLERANCE = 1e-5
-
-# The check reads the update off the parameters, so a step must move them far enough for rounding not to matter.
-CHECK_LEARNING_RATE = 1024.0
+from benchmarks.models import Mlp, Transformer
+from benchmarks.peers import METHODS, PEERS, Contender, Problem, Settings, choose, memory_alone, parse_names
+from benchmarks.presets import PRESETS
 
 _DEFAULT_ROWS = {"mlp": 128, "transformer": 16}
 
@@ -47,8 +41,14 @@ class Config:
 
     Attributes:
         peers: Comma-separated; those not installed are reported as skipped.
-        model: The model to train; its size is set by the flags of its name.
-        batch: Examples in the batch; by default 128 for the mlp, 16 for the transformer.
+        methods: Comma-separated: the methods that jaxdp runs by, beside its own choice; per_layer is another mechanism,
+            whose update is compared with its own definition.
+        preset: A named problem; instead of `model`.
+        model: The model to train, mlp by default; its size is set by the flags of its name.
+        batch: Examples in the batch; by default the preset's, 128 for the mlp, 16 for the transformer.
+        microbatch_size: Rows that jaxdp differentiates at once; by default all.
+        tune: Run the others at their fastest microbatch size.
+        tune_jaxdp: Run jaxdp at its fastest, too.
         rounds: Turns of each contender.
         turn_seconds: A turn repeats its step for about this long.
         l2_clip_norm: The clip norm; by default the median gradient norm, so that half of the examples are clipped.
@@ -62,8 +62,13 @@ class Config:
     """
 
     peers: str = ",".join(PEERS)
-    model: Literal["mlp", "transformer"] = "mlp"
+    methods: str = ""
+    preset: Literal["mlp_small", "transformer_d512", "transformer_d128"] | None = None
+    model: Literal["mlp", "transformer"] | None = None
     batch: int | None = None
+    microbatch_size: int | None = None
+    tune: bool = True
+    tune_jaxdp: bool = False
     rounds: int = 10
     turn_seconds: float = 0.5
     l2_clip_norm: float | None = None
@@ -76,128 +81,56 @@ class Config:
     transformer: Transformer = dataclasses.field(default_factory=Transformer)
 
     def __post_init__(self) -> None:
-        parse_peers(self.peers)
-        for name in ("rounds", "noise_multiplier", "learning_rate", "batch", "l2_clip_norm"):
+        parse_names(self.peers, PEERS, "peer")
+        parse_names(self.methods, METHODS, "method")
+        if self.tune_jaxdp and (self.microbatch_size is not None or not self.tune):
+            raise ValueError("tune_jaxdp chooses the microbatch size: leave out --microbatch-size and --no-tune.")
+        if self.preset is not None and self.model is not None:
+            raise ValueError(f"preset {self.preset!r} is a model already: leave out --model.")
+        for name in ("rounds", "noise_multiplier", "learning_rate", "batch", "microbatch_size", "l2_clip_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive, got {value}.")
 
     @property
     def problem(self) -> Problem:
-        model: Model = self.mlp if self.model == "mlp" else self.transformer
-        return Problem(model, self.batch or _DEFAULT_ROWS[self.model], self.seed)
-
-
-def gradient_norms(problem: Problem) -> np.ndarray:
-    """The gradient norm of each example at the initial parameters, `[B]`."""
-    params = problem.params()
-
-    @jax.jit
-    def norms(batch: Any) -> jax.Array:
-        return jax.lax.map(lambda example: optax.tree.norm(jax.grad(problem.model.loss)(params, example)), batch)
-
-    return np.asarray(norms(problem.batch()))
-
-
-def choose(peers: str) -> tuple[list[Contender], dict[str, str]]:
-    """The contenders that run here, and peer -> reason for those that do not."""
-    wanted = parse_peers(peers)
-    running: list[Contender] = []
-    skipped: dict[str, str] = {}
-    for contender in CONTENDERS:
-        if contender.peer is not None and contender.peer not in wanted:
-            continue
-        reason = contender.why_skipped()
-        if reason is None:
-            running.append(contender)
+        if self.preset is not None:
+            model, rows = PRESETS[self.preset]
         else:
-            skipped[str(contender.peer)] = reason
-    return running, skipped
-
-
-def _gradient(trainer: Trainer, before: Params, learning_rate: float) -> np.ndarray:
-    """What one step of SGD subtracted, over the learning rate, as one vector."""
-    trainer.step()
-    after = trainer.params()
-    assert after.keys() == before.keys()
-    return np.concatenate(
-        [(before[name].astype(np.float64) - after[name]).ravel() / learning_rate for name in sorted(before)]
-    )
-
-
-def check_updates(
-    contenders: Sequence[Contender], problem: Problem, settings: Settings
-) -> tuple[dict[str, Any], np.ndarray]:
-    """Compares the noiseless update of every contender with jaxdp's.
-
-    The private ones are compared at the clip norm of the benchmark, the others with jaxdp at an infinite clip norm.
-
-    Returns:
-        Name -> the relative L2 difference; and the noiseless private gradient.
-
-    Raises:
-        RuntimeError: a contender computes something else.
-    """
-    (ours,) = [contender for contender in CONTENDERS if contender.name == "jaxdp"]
-    before = problem.params()
-    quiet = dataclasses.replace(settings, noise_multiplier=0.0, learning_rate=CHECK_LEARNING_RATE)
-
-    def gradient(contender: Contender, l2_clip_norm: float) -> np.ndarray:
-        trainer = contender.make(problem, dataclasses.replace(quiet, l2_clip_norm=l2_clip_norm))
-        return _gradient(trainer, before, CHECK_LEARNING_RATE)
-
-    references = {True: gradient(ours, settings.l2_clip_norm), False: gradient(ours, math.inf)}
-    differences: dict[str, float] = {}
-    for contender in contenders:
-        if contender.name == ours.name:
-            continue
-        reference = references[contender.is_private]
-        difference = np.linalg.norm(gradient(contender, settings.l2_clip_norm) - reference) / np.linalg.norm(reference)
-        if not difference <= TOLERANCE:
-            raise RuntimeError(
-                f"{contender.name} does not compute the update of jaxdp: without noise they differ by {difference:.2g} "
-                f"(relative L2, tolerance {TOLERANCE:g}); timing them against each other would mean nothing."
+            model, rows = (
+                self.transformer if self.model_name == "transformer" else self.mlp,
+                _DEFAULT_ROWS[self.model_name],
             )
-        differences[contender.name] = float(difference)
-    return differences, references[True]
+        return Problem(model, self.batch or rows, self.seed)
 
-
-def check_noise(
-    trainers: dict[str, Trainer], problem: Problem, settings: Settings, noiseless: np.ndarray
-) -> dict[str, Any]:
-    """Compares the standard deviation of each private contender's noise with sigma C / B; runs one step of each.
-
-    Raises:
-        RuntimeError: a contender adds another amount of noise.
-    """
-    expected = settings.noise_multiplier * settings.l2_clip_norm / problem.rows
-    tolerance = 6 / math.sqrt(2 * noiseless.size) + 1e-3  # six standard errors
-    measured: dict[str, float] = {}
-    for name, trainer in trainers.items():
-        noise = _gradient(trainer, problem.params(), settings.learning_rate) - noiseless
-        measured[name] = float(np.sqrt(np.mean(np.square(noise))))
-        if not abs(measured[name] / expected - 1) <= tolerance:
-            raise RuntimeError(
-                f"{name} adds noise of standard deviation {measured[name]:.6g}, expected {expected:.6g}."
-            )
-    return {"expected": expected, "relative_tolerance": tolerance, "measured": measured}
+    @property
+    def model_name(self) -> str:
+        return self.preset or self.model or "mlp"
 
 
 def measure(config: Config, arguments: Sequence[str]) -> dict[str, Any]:
     """Runs the benchmark and returns its record."""
-    running, skipped = choose(config.peers)
+    running, skipped = choose(
+        parse_names(config.peers, PEERS, "peer"),
+        parse_names(config.methods, METHODS, "method"),
+        microbatch_size=config.microbatch_size,
+        tune_jaxdp=config.tune_jaxdp,
+    )
     problem = config.problem
-    norms = gradient_norms(problem)
+    norms = checks.gradient_norms(problem)
     l2_clip_norm = float(np.median(norms)) if config.l2_clip_norm is None else config.l2_clip_norm
     settings = Settings(l2_clip_norm, config.noise_multiplier, config.learning_rate)
 
     load_before = os.getloadavg()
-    differences, noiseless = check_updates(running, problem, settings)
+    tuned_on: dict[str, Any] = {}
+    if config.tune:
+        running, tuned_on = tuning.tune(running, problem, settings, turn_seconds=config.turn_seconds)
+    differences, references = checks.check_updates(running, problem, settings)
     trainers = {contender.name: contender.make(problem, settings) for contender in running}
-    private = {contender.name: trainers[contender.name] for contender in running if contender.is_private}
-    noise = check_noise(private, problem, settings, noiseless)
-    for name in trainers.keys() - private.keys():
-        trainers[name].step()  # the first step compiles
+    noise = checks.check_noise(running, trainers, problem, settings, references)
+    for contender in running:
+        if not contender.adds_noise:
+            trainers[contender.name].step()  # the first step compiles
 
     times, counts = harness.alternate(
         {name: trainer.step for name, trainer in trainers.items()},
@@ -209,7 +142,6 @@ def measure(config: Config, arguments: Sequence[str]) -> dict[str, Any]:
         name: [] if trainer.xla_memory is None else [trainer.xla_memory()] for name, trainer in trainers.items()
     }
     trainers.clear()
-    private.clear()
     if config.process_memory:
         for contender in running:
             memory[contender.name].append(harness.in_fresh_process(memory_alone, contender, problem, settings))
@@ -225,8 +157,8 @@ def measure(config: Config, arguments: Sequence[str]) -> dict[str, Any]:
         "versions": harness.versions(packages),
         "jaxdp_source_digest": harness.source_digest("jaxdp"),
         "config": {
-            "model": {"name": config.model, **dataclasses.asdict(problem.model)},
-            "num_params": sum(leaf.size for leaf in problem.params().values()),
+            "model": {"name": config.model_name, **dataclasses.asdict(problem.model)},  # type: ignore[call-overload]
+            "num_params": problem.num_params(),
             "batch": problem.rows,
             "dtype": "float32",
             "rounds": config.rounds,
@@ -234,9 +166,10 @@ def measure(config: Config, arguments: Sequence[str]) -> dict[str, Any]:
             "seed": config.seed,
             **dataclasses.asdict(settings),
         },
+        "tuning": {"rounds": tuning.ROUNDS, "contenders": tuned_on},
         "check": {
-            "reference": "jaxdp",
-            "tolerance": TOLERANCE,
+            "reference": checks.REFERENCE,
+            "tolerance": checks.TOLERANCE,
             "relative_difference_without_noise": differences,
             "noise_stddev": noise,
             "fraction_of_examples_clipped": float(np.mean(norms > l2_clip_norm)),
@@ -255,6 +188,8 @@ def _result(contender: Contender, times: dict[str, list[float]], rows: int) -> d
     ratios = [own / base for own, base in zip(seconds, times[contender.baseline], strict=True)]
     return {
         "baseline": contender.baseline,
+        "clipping": contender.policy,
+        "microbatch_size": contender.microbatch_size,
         "seconds_per_step": seconds,
         "seconds_per_step_summary": dataclasses.asdict(Spread.of(seconds)),
         "examples_per_second": dataclasses.asdict(Spread.of([rows / value for value in seconds])),
@@ -270,7 +205,7 @@ def tabulate(record: dict[str, Any]) -> Table:
         f"{record['device']['kind']}\nmedian and quartiles of {config['rounds']} rounds"
     )
     table.add_column("contender", no_wrap=True)
-    for header in ("examples/s", "time / non-private", "XLA memory", "process memory"):
+    for header in ("examples/s", "time / non-private", "rows", "XLA memory", "process memory"):
         table.add_column(header, justify="right", no_wrap=True)
     for name, result in record["contenders"].items():
         by_meter = {entry["meter"]: entry["bytes"] for entry in result["peak_memory"]}
@@ -279,6 +214,7 @@ def tabulate(record: dict[str, Any]) -> Table:
             name,
             _interval(result["examples_per_second"], ".4g"),
             "1" if is_baseline else _interval(result["time_over_baseline_summary"], ".3g"),
+            str(result["microbatch_size"] or "-"),
             *(_mebibytes(by_meter.get(meter)) for meter in (harness.XLA_METER, harness.PROCESS_METER)),
         )
     for peer, reason in record["skipped"].items():
@@ -301,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     record = measure(config, arguments)
     if config.json is not None:
         harness.write_json(config.json, record)
-    Console(width=None if sys.stdout.isatty() else 120).print(tabulate(record))
+    Console(width=None if sys.stdout.isatty() else 132).print(tabulate(record))
 
 
 if __name__ == "__main__":

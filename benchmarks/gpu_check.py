@@ -2,144 +2,230 @@
 
     python -m benchmarks.gpu_check --json benchmarks/results/gpu_check.json
 
-First numerics against float64 on the host, then time against peers: a fast wrong answer is worth nothing. On a machine
-without a GPU it runs the same checks on the CPU, at the same sizes, and says so in the record.
+First numerics against float64 on the host, then throughput and memory, most telling first: what an interruption leaves is
+what matters most. Each item runs in a process of its own, so that a crash or a hang costs one item and no item sees the
+memory of another; inside, contenders take turns in one process. `--items` picks some, as for a second call that goes on
+where the first one ended. On a machine without a GPU it runs the same items on the CPU, and says so in the record; with
+`--tiny` they take minutes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import tyro
-from scipy import stats
 
-import jaxdp
-from benchmarks import harness
-from jaxdp.noise import standard_normal
+from benchmarks import gpu_numerics, gpu_throughput, harness
+from benchmarks.gpu_throughput import Save
+from benchmarks.language_models import Gpt2, LanguageModel, Llama
+from benchmarks.models import Transformer
+from benchmarks.peers import parse_names
+
+# The tokens of a step are the same at every length, so that its arithmetic outside attention is.
+_TOKENS_PER_STEP = 8192
+_LENGTHS = (1024, 512, 128, 2048)
 
 
 @dataclasses.dataclass(frozen=True)
 class GpuCheck:
-    """Checks numerics on the default device, then times a DP step there."""
+    """Checks numerics on the default device, then measures DP steps there.
+
+    Attributes:
+        json: File to write the record to, after each item.
+        seconds: Items that would start later than this are left out, and one that is running then is stopped.
+        items: Comma-separated names; all by default.
+        tiny: Small models, to see that everything runs.
+        compilation_cache: Folder in which JAX keeps compiled programs, for the next item or call on the machine.
+        only: Run this one item in this process; what each item's process is started with.
+    """
 
     json: Path | None = None
-    """File to write the record to, after each item."""
     seconds: float = 540.0
-    """Items that would start later than this are left out, and named in the record."""
+    items: str = ""
+    tiny: bool = False
+    compilation_cache: Path | None = None
+    only: str | None = None
 
 
-def clipped_sums_against_float64() -> dict[str, Any]:
-    """S4: on GPU a default-precision float32 product may run as TF32. The stored sum must keep the clip norm all the same."""
-    worst: dict[str, Any] = {}
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(32, 16, 256)), rng.normal(size=(32, 16, 384))
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One thing to find out.
 
-    def loss(w: jax.Array, example: Any) -> jax.Array:
-        return jnp.sum((example[0] @ w) * example[1])
+    Attributes:
+        run: Returns the result; what it saves on the way is kept if it is interrupted.
+        seconds: It is stopped after this long.
+        environment: Set for its process.
+    """
 
-    for dtype in (jnp.float32, jnp.bfloat16):
-        batch = jnp.asarray(x, dtype), jnp.asarray(y, dtype)
-        params = jnp.zeros((256, 384), dtype)
-        grads = np.asarray(jax.vmap(jax.grad(loss), (None, 0))(params, batch), np.float64)  # as the device forms them
-        norms = np.sqrt(np.sum(grads**2, axis=(1, 2)))
-        clip_norm = float(np.median(norms))
-        grad_fn = jax.jit(jaxdp.clipped_grad(loss, clipping=jaxdp.flat(clip_norm)))
-        total, _ = grad_fn(params, batch)
-        exact = np.einsum("b,bij->ij", np.minimum(1, clip_norm / norms), grads)
-        alone = [grad_fn(params, batch, is_padding_example=np.arange(32) != i)[0] for i in range(32)]
-        largest = max(float(np.linalg.norm(np.asarray(one, np.float64))) for one in alone) / clip_norm
-        error = float(np.linalg.norm(np.asarray(total, np.float64) - exact) / np.linalg.norm(exact))
-        worst[jnp.dtype(dtype).name] = {"relative_error": error, "largest_contribution_over_clip_norm": largest}
-        assert largest <= 1 + 1e-6, worst
-        assert error < 1e-5, worst
-    return worst
+    run: Callable[[Save], dict[str, Any]]
+    seconds: float = 60.0
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def noise_law() -> dict[str, Any]:
-    """The noise of the device is normal, in its body and its tails, and repeats by key."""
-    key = jax.random.key(1)
-    draw = np.asarray(jax.jit(lambda k: standard_normal(k, (20_000_000,), jnp.float32))(key))
-    again = np.asarray(jax.jit(lambda k: standard_normal(k, (20_000_000,), jnp.float32))(key))
-    pvalue = float(stats.kstest(draw[:4_000_000], stats.norm.cdf).pvalue)
-    expected = 2 * len(draw) * stats.norm.sf(4.5)
-    beyond = int(np.sum(np.abs(draw) > 4.5))
-    assert np.array_equal(draw, again)
-    assert pvalue > 1e-4
-    assert abs(beyond - expected) < 6 * np.sqrt(expected)
-    return {"ks_pvalue": pvalue, "beyond_4.5": beyond, "expected_beyond_4.5": float(expected)}
+def items(tiny: bool = False) -> dict[str, Item]:
+    """All items, the most important first."""
+    pace: dict[str, Any] = {"rounds": 2, "turn_seconds": 0.001} if tiny else {}
+    if tiny:
+        smallest: dict[str, Any] = {"num_blocks": 2, "width": 16, "num_heads": 2, "vocabulary": 31, "dtype": "bfloat16"}
+        one_block: dict[str, Any] = smallest | {"num_blocks": 1}
+        models: dict[str, LanguageModel] = {
+            "gpt2_medium": Gpt2(**smallest, positions=2048),
+            "llama": Llama(**smallest, feed_forward=24),
+            "gpt2_small": Gpt2(**one_block, positions=2048),
+        }
+        checked = [dataclasses.replace(models[name], length=8, dtype="float32") for name in ("gpt2_medium", "llama")]
+        lengths, tokens = {length: length // 64 for length in _LENGTHS}, 32
+    else:
+        models = {
+            "gpt2_medium": Gpt2.of_size("medium", dtype="bfloat16", positions=2048),
+            "llama": Llama(dtype="bfloat16"),
+            "gpt2_small": Gpt2.of_size("small", dtype="bfloat16", positions=2048),
+        }
+        small: dict[str, Any] = {"num_blocks": 2, "width": 256, "num_heads": 4, "vocabulary": 1024, "length": 128}
+        checked = [Gpt2(**small), Gpt2(**small, dtype="bfloat16"), Llama(**small, feed_forward=512, dtype="bfloat16")]
+        lengths, tokens = {length: length for length in _LENGTHS}, _TOKENS_PER_STEP
 
+    def throughput(function: Callable[..., dict[str, Any]], name: str, length: int) -> Item:
+        model = dataclasses.replace(models[name], length=lengths[length])
+        return Item(lambda save: function(model, max(1, tokens // lengths[length]), save, **pace), 110.0)
 
-def noise_time() -> dict[str, Any]:
-    """Seconds for 1e8 draws, and for as many of `jax.random.normal`."""
-    size, key = 100_000_000 if jax.default_backend() == "gpu" else 4_000_000, jax.random.key(0)
-    ours = jax.jit(lambda k: jnp.sum(standard_normal(k, (size,), jnp.float32)))
-    theirs = jax.jit(lambda k: jnp.sum(jax.random.normal(k, (size,))))
-    steps: dict[str, Callable[[], Any]] = {
-        "jaxdp": lambda: jax.block_until_ready(ours(key)),
-        "jax.random.normal": lambda: jax.block_until_ready(theirs(key)),
+    def of_methods(name: str, length: int) -> dict[str, Item]:
+        return {f"{name}_t{length}": throughput(gpu_throughput.methods, name, length)}
+
+    def of_peers(name: str, length: int) -> dict[str, Item]:
+        return {f"{name}_t{length}_per_example": throughput(gpu_throughput.materializing, name, length)}
+
+    medium = models["gpt2_medium"]
+    untied = Transformer(medium.num_blocks, medium.width, medium.num_heads, lengths[1024], medium.vocabulary)
+    opacus_rows = tokens // lengths[1024]
+    return {
+        "kernels_check": Item(lambda save: gpu_numerics.kernels("check"), 90.0),
+        "clipped_sums_against_float64": Item(lambda save: gpu_numerics.clipped_sums_against_float64()),
+        "updates_against_definition": Item(lambda save: gpu_numerics.updates_against_definition(checked, 8), 90.0),
+        **of_methods("gpt2_medium", 1024),
+        **of_methods("llama", 512),
+        "kernels_time": Item(lambda save: gpu_numerics.kernels("time"), 90.0),
+        **of_peers("gpt2_medium", 1024),
+        **of_methods("gpt2_medium", 128),
+        **of_methods("llama", 1024),
+        **of_methods("gpt2_medium", 512),
+        "opacus_ghost_t1024": Item(
+            lambda save: gpu_throughput.opacus_ghost(untied, opacus_rows, save, **pace), 60.0, {"JAX_PLATFORMS": "cpu"}
+        ),
+        "noise_law": Item(lambda save: gpu_numerics.noise_law()),
+        "noise_time": Item(lambda save: gpu_numerics.noise_time(10_000 if tiny else 100_000_000)),
+        **of_methods("gpt2_small", 1024),
+        **of_methods("gpt2_medium", 2048),
+        **of_methods("llama", 128),
+        **of_methods("llama", 2048),
+        **of_methods("gpt2_small", 128),
+        **of_methods("gpt2_small", 512),
+        **of_methods("gpt2_small", 2048),
+        **of_peers("llama", 512),
+        **of_peers("gpt2_medium", 128),
+        **of_peers("gpt2_small", 1024),
     }
-    for step in steps.values():
-        step()
-    times, _ = harness.alternate(steps, rounds=5, turn_seconds=0.2)
-    spreads = {name: dataclasses.asdict(harness.Spread.of(values)) for name, values in times.items()}
-    return {"draws": size, "seconds": spreads}
 
 
-def dp_sgd(model: str) -> dict[str, Any]:
-    """The peer benchmark on this device, with the peers that are installed."""
-    import json
+def run_here(item: Item, path: Path | None = None) -> dict[str, Any]:
+    """Runs one item in this process; an error is recorded, beside what was saved before it."""
+    outcome: dict[str, Any] = {}
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "record.json"
-        command = ["-m", "benchmarks.dp_sgd", "--model", model, "--no-process-memory", "--json", str(path)]
-        subprocess.run([sys.executable, *command], check=True, capture_output=True, timeout=240)
-        return json.loads(path.read_text())
+    def save(result: dict[str, Any]) -> None:
+        outcome["partial"] = result
+        if path is not None:
+            harness.write_json(path, outcome)
 
-
-ITEMS: dict[str, Callable[[], dict[str, Any]]] = {
-    "clipped_sums_against_float64": clipped_sums_against_float64,
-    "noise_law": noise_law,
-    "noise_time": noise_time,
-    "dp_sgd_mlp": lambda: dp_sgd("mlp"),
-    "dp_sgd_transformer": lambda: dp_sgd("transformer"),
-}
-
-
-def run(config: GpuCheck, items: dict[str, Callable[[], dict[str, Any]]] | None = None) -> dict[str, Any]:
-    """Runs the items in order; one that fails is recorded with its error, and the next one runs."""
     start = time.perf_counter()
+    try:
+        result = item.run(save)
+        outcome.pop("partial", None)
+        outcome["result"] = result
+    except Exception as error:  # the next item may still tell something
+        outcome["error"] = f"{type(error).__name__}: {error}"[:4000]
+    outcome["seconds"] = time.perf_counter() - start
+    outcome["device"] = harness.device()
+    if path is not None:
+        harness.write_json(path, outcome)
+    return outcome
+
+
+def run_apart(name: str, config: GpuCheck, item: Item, seconds: float) -> dict[str, Any]:
+    """Runs one item in a process of its own, for at most `seconds`."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "outcome.json"
+        command = [sys.executable, "-m", "benchmarks.gpu_check", "--only", name, "--json", str(path)]
+        command += ["--tiny"] if config.tiny else []
+        # Most of the card for one process, taken at once: what an allocator asks the driver for during a step is slow.
+        environment = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"} | dict(item.environment)
+        if config.compilation_cache is not None:
+            environment["JAX_COMPILATION_CACHE_DIR"] = str(config.compilation_cache)
+        stopped: str | None = None
+        try:
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
+            if done.returncode != 0:
+                stopped = f"exit status {done.returncode}: {done.stderr[-2000:]}"
+        except subprocess.TimeoutExpired:
+            stopped = f"stopped after {seconds:.0f} s"
+        outcome = json.loads(path.read_text()) if path.exists() else {}
+        return outcome if stopped is None or "error" in outcome else outcome | {"error": stopped}
+
+
+def run(config: GpuCheck, chosen: Mapping[str, Item] | None = None) -> dict[str, Any]:
+    """Runs the items in order, and writes the record after each.
+
+    Args:
+        config: The settings of the run.
+        chosen: Items to run in this process, instead of those of `config` in processes of their own.
+    """
+    start = time.perf_counter()
+    known = items(config.tiny)
+    names = parse_names(config.items, tuple(known), "item") or tuple(known)
     record: dict[str, Any] = {
+        "benchmark": "gpu_check",
         "command": harness.command("benchmarks.gpu_check", sys.argv[1:]),
         "machine": harness.machine(),
-        "device": harness.device(),
-        "versions": harness.versions(["jax", "jaxlib", "jaxdp", "numpy"]),
+        "environment": harness.environment(),
+        "versions": harness.versions(["jax", "jaxlib", "jaxdp", "numpy", "optax"]),
+        "jaxdp_source_digest": harness.source_digest("jaxdp"),
         "items": {},
     }
-    for name, item in (ITEMS if items is None else items).items():
-        if time.perf_counter() - start > config.seconds:
-            record["items"][name] = {"left_out": f"more than {config.seconds:g} s had passed"}
+    for name, item in (chosen or {name: known[name] for name in names}).items():
+        left = config.seconds - (time.perf_counter() - start)
+        if left < 5:
+            outcome: dict[str, Any] = {"left_out": f"more than {config.seconds:g} s had nearly passed"}
+        elif chosen is not None:
+            outcome = run_here(item)
         else:
-            began = time.perf_counter()
-            try:
-                record["items"][name] = {"result": item(), "seconds": time.perf_counter() - began}
-            except Exception as error:  # the next item may still tell something
-                record["items"][name] = {"error": f"{type(error).__name__}: {error}"}
-        print(name, record["items"][name].get("error", "ok"), flush=True)
+            outcome = run_apart(name, config, item, min(item.seconds, left))
+        device = outcome.pop("device", None)
+        if not item.environment and device is not None:
+            record.setdefault("device", device)
+        record["items"][name] = outcome
+        told = gpu_throughput.summary(outcome.get("result") or outcome.get("partial") or {})
+        state = next((f"{word}: {outcome[word][-300:]}" for word in ("error", "left_out") if word in outcome), "ok")
+        print(f"{name} ({outcome.get('seconds', 0.0):.0f} s) {state} {told}", flush=True)
         if config.json is not None:
             harness.write_json(config.json, record)
     return record
 
 
+def main() -> int:
+    config = tyro.cli(GpuCheck, prog="python -m benchmarks.gpu_check")
+    if config.only is not None:
+        run_here(items(config.tiny)[config.only], config.json)
+        return 0
+    return int(any("error" in outcome for outcome in run(config)["items"].values()))
+
+
 if __name__ == "__main__":
-    outcome = run(tyro.cli(GpuCheck))
-    raise SystemExit(any("error" in item for item in outcome["items"].values()))
+    raise SystemExit(main())

@@ -7,6 +7,7 @@ that a peer in either framework starts from the same numbers, and their updates 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,17 @@ import numpy as np
 
 Params = dict[str, np.ndarray]
 Batch = dict[str, np.ndarray]
+
+
+class Model(Protocol):
+    """What a benchmark trains."""
+
+    def init(self, rng: np.random.Generator) -> dict[str, Any]: ...
+
+    def draw_batch(self, rng: np.random.Generator, rows: int) -> Any: ...
+
+    def loss(self, params: Any, example: Any) -> jax.Array: ...
+
 
 LAYER_NORM_EPS = 1e-5
 
@@ -106,9 +118,6 @@ class Transformer:
         query, key, value = jnp.moveaxis(heads.reshape(self.length, 3, self.num_heads, -1), 1, 0)  # [L, heads, D/heads]
         mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
         return _apply_linear(params, f"{block}.attention_out", mixed.reshape(self.length, self.width))
-
-
-Model = Mlp | Transformer
 
 
 def _linear(rng: np.random.Generator, name: str, fan_in: int, fan_out: int, *, bias: bool) -> Params:

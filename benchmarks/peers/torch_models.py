@@ -12,7 +12,12 @@ from benchmarks.models import LAYER_NORM_EPS, Mlp, Model, Params, Transformer
 
 def build(model: Model, params: Params) -> Any:
     """Returns the torch module of a model, holding copies of `params`."""
-    module = TorchMlp(model) if isinstance(model, Mlp) else TorchTransformer(model)
+    if isinstance(model, Mlp):
+        module = TorchMlp(model)
+    elif isinstance(model, Transformer):
+        module = TorchTransformer(model)
+    else:
+        raise NotImplementedError(f"{type(model).__name__} has no torch module.")
     module.load_state_dict({name: torch.from_numpy(leaf.copy()) for name, leaf in params.items()})
     return module
 
@@ -59,7 +64,7 @@ class TorchTransformer(nn.Module):
 
     def forward(self, tokens: Any) -> Any:  # [B, L]
         # Opacus reads the batch axis off every layer's input, so each example brings its own positions.
-        positions = torch.arange(tokens.shape[1]).repeat(tokens.shape[0], 1)
+        positions = torch.arange(tokens.shape[1], device=tokens.device).repeat(tokens.shape[0], 1)
         x = self.tokens(tokens) + self.positions(positions)
         for block in self.blocks:
             x = block(x)

@@ -12,17 +12,21 @@ from jax_privacy import clipped_grad, noise_addition  # pyright: ignore[reportMi
 from benchmarks.peers.trainer import Problem, Settings, Trainer, jax_trainer
 
 
-def make(problem: Problem, settings: Settings) -> Trainer:
+def make(problem: Problem, settings: Settings, *, microbatch_size: int | None = None) -> Trainer:
     grad_fn = clipped_grad(
         problem.model.loss,
         l2_clip_norm=settings.l2_clip_norm,
         normalize_by=problem.rows,
         keep_batch_dim=False,  # the loss takes one example
+        microbatch_size=microbatch_size,
     )
     privatizer = noise_addition.gaussian_privatizer(
         stddev=grad_fn.sensitivity() * settings.noise_multiplier, prng_key=jax.random.key(problem.seed)
     )
     tx = optax.sgd(settings.learning_rate)
+
+    def init(params: Any) -> Any:
+        return params, privatizer.init(params), tx.init(params)
 
     def update(carry: Any, batch: Any, is_padding_example: Any) -> Any:
         params, noise_state, opt_state = carry
@@ -31,6 +35,4 @@ def make(problem: Problem, settings: Settings) -> Trainer:
         updates, opt_state = tx.update(noised, opt_state, params)
         return optax.apply_updates(params, updates), noise_state, opt_state
 
-    params = problem.params()
-    carry = (params, privatizer.init(params), tx.init(params))
-    return jax_trainer(update, carry, problem.batch(), np.zeros(problem.rows, bool))
+    return jax_trainer(problem, init, update, np.zeros(problem.rows, bool))

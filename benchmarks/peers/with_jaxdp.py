@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any, Literal
+
 import jax
 import numpy as np
 import optax
@@ -11,28 +14,53 @@ from benchmarks.harness import xla_memory
 from benchmarks.peers.trainer import Problem, Settings, Trainer, to_host
 
 
-def make(problem: Problem, settings: Settings) -> Trainer:
-    rows = problem.rows
+def layer_of(leaf: str) -> str:
+    """The layer of a parameter under torch's names: `blocks.0.norm` for `blocks.0.norm.bias`."""
+    return leaf.rpartition(".")[0]
+
+
+def make(
+    problem: Problem,
+    settings: Settings,
+    *,
+    method: Literal["auto", "vmap", "two_pass", "book_keeping", "per_layer"] = "auto",
+    policy: Literal["flat", "per_layer"] = "flat",
+    microbatch_size: int | None = None,
+    adds_noise: bool = True,
+) -> Trainer:
+    rows, clip_norm = problem.rows, settings.l2_clip_norm
     plan = jaxdp.plan(
         num_examples=1024 * rows,  # a power of two, so that sampling_prob * num_examples is `rows` without rounding
         num_steps=1_000_000,
-        clipping=jaxdp.flat(settings.l2_clip_norm),
+        clipping=jaxdp.flat(clip_norm) if policy == "flat" else jaxdp.per_layer(clip_norm, group_by=layer_of),
         expected_batch_size=rows,
         padded_batch_size=rows,
-        noise_multiplier=settings.noise_multiplier,
+        noise_multiplier=settings.noise_multiplier if adds_noise else 0.0,
     )
-    init, dp_step = jaxdp.make_dp_step(problem.model.loss, optax.sgd(settings.learning_rate), plan)
-    state = init(problem.params())
-    batch, is_padding_example = jax.device_put((problem.batch(), np.zeros(rows, bool)))
+    init, dp_step = jaxdp.make_dp_step(
+        problem.model.loss, optax.sgd(settings.learning_rate), plan, microbatch_size=microbatch_size, method=method
+    )
+    state: Any = None
+
+    @functools.cache
+    def inputs() -> Any:
+        return jax.device_put((problem.batch(), np.zeros(rows, bool)))
 
     def step() -> None:
         nonlocal state
-        state, _ = dp_step(state, batch, is_padding_example)
+        state, _ = dp_step(init(problem.params()) if state is None else state, *inputs())
         jax.block_until_ready(state.params)
 
-    def memory() -> dict[str, object]:
-        arrays = (state.params, state.opt_state, state.clip_norms, state.noise_key)
-        lowered = dp_step.compiled.lower(*arrays, np.uint32(state.step), batch, is_padding_example)  # type: ignore[attr-defined]
+    def params() -> Any:
+        nonlocal state
+        state = init(problem.params()) if state is None else state
+        return to_host(state.params)
+
+    def memory() -> dict[str, Any]:
+        started = jax.eval_shape(lambda: init(problem.params()))
+        arrays = (started.params, started.opt_state, started.clip_norms, started.noise_key)
+        batch, is_padding_example = jax.eval_shape(lambda: (problem.batch(), np.zeros(rows, bool)))
+        lowered = dp_step.compiled.lower(*arrays, np.uint32(0), batch, is_padding_example)  # type: ignore[attr-defined]
         return xla_memory(lowered.compile())
 
-    return Trainer(step, lambda: to_host(state.params), memory)
+    return Trainer(step, params, memory)

@@ -25,14 +25,14 @@ from benchmarks.peers.trainer import Problem, Settings, Trainer
 warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
 
 
-def make_non_private(problem: Problem, settings: Settings) -> Trainer:
-    module = build(problem.model, problem.params())
+def make_non_private(problem: Problem, settings: Settings, *, device: str = "cpu", dtype: str = "float32") -> Trainer:
+    module = build(problem.model, problem.params()).to(device, getattr(torch, dtype))
     optimizer = torch.optim.SGD(module.parameters(), settings.learning_rate)
     return _trainer(problem, module, module, optimizer, _mean_loss)
 
 
-def make(problem: Problem, settings: Settings) -> Trainer:
-    module = build(problem.model, problem.params())
+def make(problem: Problem, settings: Settings, *, device: str = "cpu", dtype: str = "float32") -> Trainer:
+    module = build(problem.model, problem.params()).to(device, getattr(torch, dtype))
     wrapped = GradSampleModule(module)
     optimizer = DPOptimizer(
         torch.optim.SGD(module.parameters(), settings.learning_rate),
@@ -43,8 +43,8 @@ def make(problem: Problem, settings: Settings) -> Trainer:
     return _trainer(problem, module, wrapped, optimizer, _mean_loss)
 
 
-def make_ghost(problem: Problem, settings: Settings) -> Trainer:
-    module = build(problem.model, problem.params())
+def make_ghost(problem: Problem, settings: Settings, *, device: str = "cpu", dtype: str = "float32") -> Trainer:
+    module = build(problem.model, problem.params()).to(device, getattr(torch, dtype))
     wrapped = GradSampleModuleFastGradientClipping(
         module,
         max_grad_norm=settings.l2_clip_norm,  # pyright: ignore[reportArgumentType]  # its annotation says int
@@ -70,15 +70,18 @@ def _mean_loss(logits: Any, labels: Any) -> Any:
 
 
 def _trainer(problem: Problem, module: Any, wrapped: Any, optimizer: Any, loss: Any) -> Trainer:
-    batch = {name: torch.from_numpy(rows) for name, rows in problem.batch().items()}
+    device = next(module.parameters()).device
+    batch = {name: torch.from_numpy(rows).to(device) for name, rows in problem.batch().items()}
     labels = batch["labels"].long()
 
     def step() -> None:
         optimizer.zero_grad()
         loss(wrapped(batch["inputs"]), labels).backward()
         optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
 
     def params() -> dict[str, Any]:
-        return {name: param.detach().numpy().copy() for name, param in module.named_parameters()}
+        return {name: param.detach().float().cpu().numpy().copy() for name, param in module.named_parameters()}
 
     return Trainer(step, params, None)

@@ -24,5 +24,4 @@ def make(problem: Problem, settings: Settings) -> Trainer:
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    params = problem.params()
-    return jax_trainer(update, (params, tx.init(params)), problem.batch())
+    return jax_trainer(problem, lambda params: (params, tx.init(params)), update)

@@ -276,6 +276,38 @@ def _square_sum(x: jax.Array) -> jax.Array:  # [B, ...] -> [B]
     return jnp.sum(jnp.square(wide), axis=tuple(range(1, x.ndim)))
 
 
+def payload_of_tie(payload: Payload, ids: jax.Array) -> Payload:
+    """What the joint norm of a tied embedding and head needs of the head: nothing of the size of the logits.
+
+    With M = E + H, ||M||^2 = ||E||^2 + ||H||^2 + 2 <E, H>, and <E, H> touches only the columns of the head's left factor
+    that are ids of the embedding.
+
+    Args:
+        payload: Of the head, with the vocabulary on the left: left `[B, 1, S, V]`, right `[B, 1, S, D]`.
+        ids: Token ids of the embedding, `[B, T]` as floats.
+
+    Returns:
+        The square `[B]` of the head's norm, P and the underflow of `squared_norm`, left at the ids `[B, S, T]`, right.
+    """
+    left, right = payload["left"], payload["right"]
+    grams = _product("bhti,bhsi->bhts", left, left), _product("bhtj,bhsj->bhts", right, right)
+    picked = jax.vmap(lambda row, i: row[0][:, i])(left, ids.astype(jnp.int32))
+    scale, lost = _scale_and_underflow(payload)
+    square = jnp.sum(grams[0] * grams[1], axis=(1, 2, 3))
+    return {"square": square, "scale": scale, "lost": lost, "picked": picked, "right": right}
+
+
+def squared_norm_of_tie(table: Payload, head: Payload) -> jax.Array:
+    """As `squared_norm`, of an embedding by its payload and its tied head by `payload_of_tie`."""
+    scale, lost = _scale_and_underflow(table)
+    grams = _product("bsj,btj->bst", head["right"][:, 0], table["right"][:, 0])
+    cross = jnp.sum(head["picked"].astype(grams.dtype) * grams, axis=(1, 2))
+    square = _square_sum(_rows_by_token(table["left"], table["right"])) + head["square"] + 2.0 * cross
+    total = scale + head["scale"]
+    norm = jnp.sqrt(jnp.maximum(square, 0.0) + _GRAM_ERROR * jnp.square(total))
+    return jnp.square(norm + _SUM_ERROR * total + lost + head["lost"])
+
+
 def gradient_of(factoring: Factoring, payload: Payload) -> jax.Array:
     """M_b `[B, H, I, J]`, in float32 or wider: formed where that is cheaper than the alternatives."""
     if "gradient" in payload:
@@ -324,7 +356,7 @@ def squared_norm(factorings: Sequence[Factoring | None], payloads: Sequence[Payl
     if len(payloads) == 1 and "gradient" in payloads[0]:
         return _square_sum(payloads[0]["gradient"])
     pairs = [(factoring, payload) for factoring, payload in zip(factorings, payloads, strict=True) if factoring]
-    scales, lost = zip(*(_scale_and_underflow(*pair) for pair in pairs), strict=True)
+    scales, lost = zip(*(_scale_and_underflow(payload) for _, payload in pairs), strict=True)
     total = sum(scales[1:], scales[0])
     if len(pairs) == 1 and payloads[0]["right"].shape[2] == 1:
         norm = scales[0] if pairs[0][0].sizes[0] == 1 else _norm_of_one_token(payloads[0])
@@ -354,7 +386,7 @@ def _norm_of_one_token(payload: Payload) -> jax.Array:
     return jnp.sqrt(jnp.sum(squares, axis=1))
 
 
-def _scale_and_underflow(factoring: Factoring, payload: Payload) -> tuple[jax.Array, jax.Array]:
+def _scale_and_underflow(payload: Payload) -> tuple[jax.Array, jax.Array]:
     """P = ||L||_F ||R||_F of each example, and how much of the norm squares that underflowed may hide; `[B]` each.
 
     The norm of L^T R may be large where that of R is too small to square in float32, if L is huge: every square that may
@@ -363,7 +395,7 @@ def _scale_and_underflow(factoring: Factoring, payload: Payload) -> tuple[jax.Ar
     right = _square_sum(payload["right"])
     tiny = float(jnp.finfo(right.dtype).tiny)
     flushed_right = math.prod(payload["right"].shape[1:]) * tiny
-    if factoring.has_ids:
+    if payload["left"].ndim == 2:  # one-hot
         left, flushed_left = jnp.full_like(right, payload["right"].shape[2]), 0.0
     else:
         left = _square_sum(payload["left"]).astype(right.dtype)
@@ -373,6 +405,10 @@ def _scale_and_underflow(factoring: Factoring, payload: Payload) -> tuple[jax.Ar
 
 
 # ---- sums
+
+
+def _zeroed(x: jax.Array, keep: jax.Array) -> jax.Array:
+    return jnp.where(keep.reshape(*keep.shape, *(1,) * (x.ndim - keep.ndim)), x, jnp.zeros_like(x))
 
 
 def weighted_sum(factoring: Factoring | None, payload: Payload, factors: jax.Array, keep: jax.Array) -> jax.Array:
@@ -385,20 +421,17 @@ def weighted_sum(factoring: Factoring | None, payload: Payload, factors: jax.Arr
         keep: Bool, as `factors`; the others are zeroed before any product, since 0 * inf is NaN (S9).
     """
 
-    def zeroed(x: jax.Array) -> jax.Array:
-        return jnp.where(keep.reshape(*keep.shape, *(1,) * (x.ndim - keep.ndim)), x, jnp.zeros_like(x))
-
     if "gradient" in payload:
         gradient = payload["gradient"]
         wide = accumulator(gradient.dtype)
-        rows = zeroed(gradient).astype(wide).reshape(*factors.shape, -1)
+        rows = _zeroed(gradient, keep).astype(wide).reshape(*factors.shape, -1)
         if factors.ndim == 2:
             total = _product("bl,bln->ln", factors.astype(wide), rows)
             return total.reshape(gradient.shape[1:])
         total = jnp.matmul(factors.astype(wide), rows, precision=lax.Precision.HIGHEST)
         return total.reshape(gradient.shape[1:])
     assert factoring is not None
-    left, right = zeroed(payload["left"]), zeroed(payload["right"])
+    left, right = _zeroed(payload["left"], keep), _zeroed(payload["right"], keep)
     wide = accumulator(right.dtype)
     scaled = right.astype(wide) * factors.astype(wide)[:, None, None, None]
     if factoring.has_ids:

@@ -26,10 +26,19 @@ from jaxdp import _validate
 from jaxdp._typing import Batch, LossFn, Params
 from jaxdp.clipping import ClippedSum, ClippingPolicy, Groups, LeafGroup, PerLayer, clip_and_sum, clipping_factors
 from jaxdp.gradients import jaxprs
-from jaxdp.gradients.factors import NormRoute, Payload, accumulator, squared_norm, squared_norm_of_layers, weighted_sum
-from jaxdp.gradients.plan import LeafPlan, Plan, make_plan
+from jaxdp.gradients.factors import (
+    NormRoute,
+    Payload,
+    accumulator,
+    payload_of_tie,
+    squared_norm,
+    squared_norm_of_layers,
+    squared_norm_of_tie,
+    weighted_sum,
+)
+from jaxdp.gradients.plan import LeafPlan, Plan, Tie, make_plan
 from jaxdp.gradients.rewrite import Assignment, evaluate
-from jaxdp.gradients.sites import NOTHING, Key, Report, Site, Slot, Task
+from jaxdp.gradients.sites import NOTHING, Key, Report, Site, Slot, Task, zeros_like
 
 Method: TypeAlias = Literal["auto", "ghost", "vmap", "two_pass", "book_keeping", "per_layer"]
 
@@ -86,6 +95,24 @@ class Problem:
         example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x)[1:], jnp.result_type(x)), self.batch)
         return make_plan(self.fun, self.params, example, self.groups, rows=self.size)
 
+    def after(self, factors: jax.Array) -> Problem:
+        """The same problem, to be computed once more after `factors` are known.
+
+        A compiler that saw the two passes as one would keep every activation, and the logits, until the second is done. An
+        optimization barrier orders nothing on the CPU, so the batch is made to depend on the factors; they are never NaN.
+        """
+        impossible = jnp.isnan(jnp.sum(factors))
+
+        def depending(x: Any) -> Any:
+            x = jnp.asarray(x)
+            if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+                return x
+            return jnp.where(impossible, jnp.zeros_like(x), x)
+
+        later = dataclasses.replace(self, batch=jax.tree.map(depending, self.batch))
+        later.__dict__["plan"] = self.plan  # it follows from shapes alone
+        return later
+
     def losses(self, assignment: Assignment, slots: Mapping[Key, Slot]) -> tuple[jax.Array, list[jax.Array]]:
         """The loss `[B]` of every example, and the other outputs of the function."""
         axes = {key: Report(len(assignment.members[key][0].loops), None) for key in slots}
@@ -136,7 +163,7 @@ def _assign(plan: Plan, chosen: Sequence[tuple[Key, Sequence[Site], Task]]) -> A
     uses: dict[Any, Site | None] = {site.key[0]: None for site in plan.sites if site.equation is not None}
     uses |= {site.key[0]: site for site in reporting if site.equation is not None}
     copies = {(site.key[0], site.copied_var): site for site in reporting if site.equation is None}
-    return Assignment(uses, copies, tasks, groups, members)
+    return Assignment(uses, copies, tasks, groups, members, {})
 
 
 # ---- finishing outside the backward pass
@@ -317,7 +344,10 @@ def by_two_passes(problem: Problem) -> Clipped:
     slots: dict[Key, Slot] = {}
     for leaf in plan.leaves:
         for site in leaf.sites:
-            if leaf.kind == "joint":
+            if leaf.tie is not None and site is leaf.tie.head:
+                slots[site.key] = Slot(Report(_tie_slot(leaf.tie, problem.size), None), NOTHING)
+                first.append((site.key, [site], _report_tie(site)))
+            elif leaf.kind == "joint":
                 slots[site.key] = _payload_slot(site, problem.size)
                 first.append((site.key, [site], _report_payload(site.key)))
             else:
@@ -325,12 +355,16 @@ def by_two_passes(problem: Problem) -> Clipped:
                 square = _rows(site, problem.size, shape, _total_dtype(site))
                 slots[site.key] = Slot(Report(square, None), NOTHING)
                 first.append((site.key, [site], _report_norm(site, leaf)))
-    assignment = _assign(plan, first)
+    ties = {leaf.tie.head.key: leaf.tie.table for leaf in plan.leaves if leaf.tie is not None}
+    assignment = dataclasses.replace(_assign(plan, first), ties=ties)
     loss, pull, rest = jax.vjp(lambda slots: problem.losses(assignment, slots), slots, has_aux=True)
     (reports,) = pull(jnp.ones_like(loss))
     squares: dict[int, jax.Array] = {}
     for leaf in plan.leaves:
-        if leaf.kind == "joint":
+        if leaf.tie is not None:
+            table, head = (reports[site.key].report.rows for site in (leaf.tie.table, leaf.tie.head))
+            squares[leaf.index] = squared_norm_of_tie(table, head)
+        elif leaf.kind == "joint":
             squares[leaf.index] = _late_squared_norm(
                 leaf, {site.key: reports[site.key].report.rows for site in leaf.sites}
             )
@@ -359,8 +393,10 @@ def by_two_passes(problem: Problem) -> Clipped:
                 slots[site.key] = Slot(Report(None, total), Report(rows, None))
                 second.append((site.key, [site], _report_sum(site, leaf)))
         assignment = _assign(plan, second)
-        again, pull, _ = jax.vjp(lambda slots: problem.losses(assignment, slots), slots, has_aux=True)
-        # The barrier starts the second pass after the first: merged, they would keep every factor alive.
+        # XLA would hold the stacked activations of a second forward scan beside those of the first: then they share one.
+        shares = any(site.loops and not site.is_rematerialized for site in plan.sites)
+        later = problem if shares else problem.after(factors)
+        again, pull, _ = jax.vjp(lambda slots: later.losses(assignment, slots), slots, has_aux=True)
         seeds, _ = lax.optimization_barrier((jnp.ones_like(again), factors))
         (sums,) = pull(seeds)
         value = []
@@ -375,6 +411,16 @@ def by_two_passes(problem: Problem) -> Clipped:
         return jax.tree.unflatten(jax.tree.structure(problem.params), value)
 
     return _finish(problem, loss, problem.aux(rest), _norms(problem, squares), totals)
+
+
+def _tie_slot(tie: Tie, size: int) -> Payload:
+    head = {name: jax.ShapeDtypeStruct((size, *s.shape), s.dtype) for name, s in tie.head.payload.items()}
+    ids = jax.ShapeDtypeStruct((size, *tie.table.payload["left"].shape), jnp.float32)
+    return zeros_like(jax.eval_shape(payload_of_tie, head, ids))
+
+
+def _report_tie(site: Site) -> Task:
+    return lambda payloads, given: Report(payload_of_tie(payloads[site.key], given.rows), None)
 
 
 def _report_norm(site: Site, leaf: LeafPlan) -> Task:

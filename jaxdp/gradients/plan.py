@@ -7,6 +7,7 @@ form the per-example gradients (spill) or to keep the factors; shapes decide, by
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 from jaxdp import _validate
@@ -17,6 +18,31 @@ from jaxdp.gradients.cost_model import Cost, cost_of, norm_route
 from jaxdp.gradients.factors import NormRoute
 from jaxdp.gradients.sites import Site, site_of_copy, site_of_leaf, site_of_use
 from jaxdp.gradients.uses import Kind, find_uses
+
+
+@dataclasses.dataclass(frozen=True)
+class Tie:
+    """An embedding whose table is also the weight of one product, the head: their joint norm needs no logits.
+
+    Attributes:
+        table: The site of the embedding.
+        head: The site of the product, with the vocabulary on the left.
+    """
+
+    table: Site
+    head: Site
+
+    @staticmethod
+    def of(sites: Sequence[Site]) -> Tie | None:
+        """The tie that two uses of one leaf make, if they do: in one scope, outside every loop, the embedding first."""
+        if len(sites) != 2:
+            return None
+        table, head = sorted(sites, key=lambda site: site.key)
+        if table.factoring is None or head.factoring is None or table.scope != head.scope:
+            return None
+        fits = table.factoring.has_ids and not head.factoring.has_ids and not (table.loops or head.loops)
+        narrow = table.narrow or head.narrow
+        return Tie(table, head) if fits and not narrow and head.factoring.sizes[0] == 1 else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +70,10 @@ class LeafPlan:
     sites: tuple[Site, ...]
     norm_route: NormRoute
     cost: Cost
+
+    @functools.cached_property
+    def tie(self) -> Tie | None:
+        return Tie.of(self.sites) if self.kind == "joint" else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxdp.gradients import jaxprs
-from jaxdp.gradients.sites import Key, Site, Slot, Task, one_by_one, run_site, slots_below
+from jaxdp.gradients.sites import Key, Report, Site, Slot, Task, one_by_one, run_site, slots_below
 from jaxdp.gradients.uses import Loop, Path, carries_no_gradient
 from jaxdp.gradients.views import view_ops
 
@@ -38,6 +38,7 @@ class Assignment:
         tasks: What is reported, by the key of the slot that it is reported to.
         groups: The key of the slot of each site: its own, or that of the sites that finish together.
         members: The sites that report to a slot, by its key.
+        ties: The embedding site whose ids a head's report reads, by the key of the head.
     """
 
     uses: Mapping[Path, Site | None]
@@ -45,6 +46,7 @@ class Assignment:
     tasks: Mapping[Key, Task]
     groups: Mapping[Key, Key]
     members: Mapping[Key, Sequence[Site]]
+    ties: Mapping[Key, Site]
 
 
 @dataclasses.dataclass
@@ -62,18 +64,25 @@ class _Scope:
         self.assignment, self.slots = assignment, slots
         self.tokens: dict[Key, Any] = {}
         self.awaited: dict[Key, dict[Key, Site]] = {}
+        self.ids: dict[Key, jax.Array] = {}
 
     def run(self, site: Site, x: Any, w: jax.Array) -> jax.Array:
         group = self.assignment.groups[site.key]
         is_first = group not in self.awaited
         waiting = self.awaited.setdefault(group, {member.key: member for member in self.assignment.members[group]})
         del waiting[site.key]
+        slot = self.slots[group] if is_first else None
+        if site.factoring is not None and site.factoring.has_ids:
+            self.ids[site.key] = x
+        if slot is not None and site.key in self.assignment.ties:
+            table = self.assignment.ties[site.key]
+            slot = Slot(slot.report, Report(table.ids_of(self.ids[table.key]), None))
         out, token = run_site(
             site,
             x,
             w,
             task=self.assignment.tasks[group] if is_first else None,
-            slot=self.slots[group] if is_first else None,
+            slot=slot,
             token=self.tokens.get(group),
             awaited=waiting,
         )

@@ -131,6 +131,13 @@ class Site:
         """Shape of its sum over the examples."""
         return self.factoring.sizes if self.factoring is not None else self.view.shape
 
+    def ids_of(self, x: jax.Array) -> jax.Array:
+        """The token ids of one example, `[T]` as floats, from the operand of an embedding."""
+        assert self.factoring is not None
+        assert self.equation is not None
+        out = self.equation.outvars[0].aval
+        return self.factoring.factor(x[None], jnp.zeros((1, *out.shape), out.dtype))["left"][0]
+
     def to_leaf(self, total: jax.Array) -> jax.Array:
         """A sum `[*stacked, *total_shape]` in the shape of the leaf."""
         if self.factoring is not None:
@@ -249,9 +256,12 @@ def run_site(
 
         x = jax.tree.map(expand, x, in_batched[0])
         if slot is not None:
-            for is_batched in (in_batched[2].report, in_batched[2].given):
-                assert all(jax.tree.leaves(is_batched.rows)), "rows without a batch axis"
-                assert not any(jax.tree.leaves(is_batched.totals)), "totals with a batch axis"
+            slot_batched = in_batched[2]
+            assert all(jax.tree.leaves(slot_batched.report.rows)), "rows without a batch axis"
+            totals = (slot_batched.report.totals, slot_batched.given.totals)
+            assert not any(jax.tree.leaves(totals)), "totals with a batch axis"
+            given = Report(jax.tree.map(expand, slot.given.rows, slot_batched.given.rows), slot.given.totals)
+            slot = Slot(slot.report, given)
         token = jax.tree.map(expand, token, in_batched[3])
         out = _batched_site(site, primal, task, token_shapes, size)(x, w, slot, token)
         return out, jax.tree.map(lambda _: True, out)

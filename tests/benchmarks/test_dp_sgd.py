@@ -7,35 +7,45 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
-from benchmarks import dp_sgd, harness
+from benchmarks import checks, dp_sgd, harness, peers, tuning
 from benchmarks.models import Mlp
-from benchmarks.peers import CONTENDERS, PEERS, Problem, Settings
+from benchmarks.peers import METHODS, NON_PRIVATE, OTHERS, PEERS, Problem, Settings, Trainer, jaxdp_contender
 
 ROOT = pathlib.Path(__file__).parents[2]
 ROUNDS = 3
 
 # The process memory takes a new interpreter for each contender: once is enough.
 SIZES = {
-    "mlp": ["--mlp.widths", "12", "5"],
+    "mlp": ["--mlp.widths", "12", "5", "--peers", ",".join(PEERS)],
+    "methods": ["--mlp.widths", "12", "5", "--peers", "", "--methods", ",".join(METHODS), "--no-process-memory"],
     "transformer": [
+        *("--model", "transformer", "--peers", ",".join(PEERS), "--no-tune"),
         *("--transformer.num-blocks", "1", "--transformer.width", "8", "--transformer.num-heads", "2"),
         *("--transformer.length", "6", "--transformer.vocabulary", "11", "--no-process-memory"),
     ],
 }
-BY_NAME = {contender.name: contender for contender in CONTENDERS}
+JAXDP = jaxdp_contender()
+CLIP_ONLY = jaxdp_contender(adds_noise=False)
+BY_NAME = {contender.name: contender for contender in (NON_PRIVATE, CLIP_ONLY, *map(jaxdp_contender, METHODS), *OTHERS)}
 PROBLEM = Problem(Mlp((100, 3)), rows=4, seed=0)
 SETTINGS = Settings(l2_clip_norm=1.0, noise_multiplier=1.0, learning_rate=0.01)
 
 
-@pytest.fixture(scope="module", params=sorted(SIZES))
+WITHOUT_TORCH = pytest.mark.skipif(
+    BY_NAME["opacus"].why_skipped() is not None, reason="what is new in it is torch's model"
+)
+
+
+@pytest.fixture(scope="module", params=["mlp", "methods", pytest.param("transformer", marks=WITHOUT_TORCH)])
 def record(request, tmp_path_factory) -> dict:
     """The record of a tiny run; in a process of its own, since peers do not survive strict promotion."""
     path = tmp_path_factory.mktemp("benchmark") / "record.json"
-    command = [sys.executable, "-m", "benchmarks.dp_sgd", "--model", request.param, *SIZES[request.param]]
-    command += ["--batch", "4", "--rounds", str(ROUNDS), "--turn-seconds", "0.001", "--peers", ",".join(PEERS)]
+    command = [sys.executable, "-m", "benchmarks.dp_sgd", *SIZES[request.param]]
+    command += ["--batch", "4", "--rounds", str(ROUNDS), "--turn-seconds", "0.001"]
     environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # most of the time goes into compiling
     done = subprocess.run([*command, "--json", str(path)], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -45,20 +55,37 @@ def record(request, tmp_path_factory) -> dict:
 
 def test_every_peer_is_measured_or_skipped_with_a_reason(record):
     measured = {BY_NAME[name].peer for name in record["contenders"]}
-    assert {"non_private", "jaxdp", "optax"} <= record["contenders"].keys()
-    assert measured - {None} | record["skipped"].keys() == set(PEERS)
+    assert {"non_private", "jaxdp", "jaxdp_clip_only"} <= record["contenders"].keys()
+    assert measured - {None} | record["skipped"].keys() == (set() if "--peers ''" in record["command"] else set(PEERS))
     assert not measured & record["skipped"].keys()
     assert all(record["skipped"].values())
 
 
+def test_the_wanted_methods_are_measured(record):
+    methods = {name for name in record["contenders"] if name.startswith("jaxdp_")} - {"jaxdp_clip_only"}
+    assert methods == ({f"jaxdp_{m}" for m in METHODS[1:]} if "--methods" in record["command"] else set())
+
+
 def test_what_is_timed_was_checked(record):
     check = record["check"]
-    assert check["reference"] == "jaxdp"
-    assert check["relative_difference_without_noise"].keys() == record["contenders"].keys() - {"jaxdp"}
+    assert check["relative_difference_without_noise"].keys() == record["contenders"].keys()
     assert max(check["relative_difference_without_noise"].values()) <= check["tolerance"] <= 1e-5
-    private = {name for name in record["contenders"] if BY_NAME[name].is_private}
-    assert check["noise_stddev"]["measured"].keys() == private
+    noisy = {name for name in record["contenders"] if BY_NAME[name].adds_noise}
+    assert check["noise_stddev"]["measured"].keys() == noisy
+    assert noisy | {"non_private", "torch_non_private", "jaxdp_clip_only"} >= record["contenders"].keys()
     assert 0 < check["fraction_of_examples_clipped"] < 1
+
+
+def test_each_runs_at_its_fastest_microbatch_size(record):
+    tuned = record["tuning"]["contenders"]
+    could_be = {name for name in record["contenders"] if BY_NAME[name].is_tuned}
+    assert tuned.keys() == (set() if "--no-tune" in record["command"] else could_be)
+    for name, tried in tuned.items():
+        assert tried["seconds_per_step"].keys() == {"whole batch", "1", "2"}
+        fastest = min(tried["seconds_per_step"], key=lambda size: tried["seconds_per_step"][size]["median"])
+        chosen = record["contenders"][name]["microbatch_size"]
+        assert tried["chosen_microbatch_size"] == chosen
+        assert fastest == ("whole batch" if chosen is None else str(chosen))
 
 
 def test_summaries_follow_from_raw_times(record):
@@ -76,12 +103,12 @@ def test_memory_names_its_meter(record):
     for name, result in record["contenders"].items():
         meters = {entry["meter"]: entry["bytes"] for entry in result["peak_memory"]}
         assert (harness.XLA_METER in meters) == (BY_NAME[name].baseline == "non_private")
-        assert (harness.PROCESS_METER in meters) == (record["config"]["model"]["name"] == "mlp")
+        assert (harness.PROCESS_METER in meters) == ("--no-process-memory" not in record["command"])
         assert meters.get(harness.XLA_METER, 1) > 0
 
 
 def test_a_record_says_how_it_was_made(record):
-    assert record["command"].startswith("python -m benchmarks.dp_sgd --model ")
+    assert record["command"].startswith("python -m benchmarks.dp_sgd --")
     assert record["machine"].keys() >= {"cpu", "cores", "memory_bytes", "system"}
     assert record["device"].keys() == {"platform", "kind", "count"}
     assert record["versions"].keys() >= {"python", "jax", "jaxlib", "jaxdp", "optax"}
@@ -99,31 +126,106 @@ def test_an_unknown_peer_is_an_error_before_any_work(monkeypatch, capsys):
     assert "opacus" in message  # it names the peers that exist
 
 
+@pytest.mark.parametrize(
+    "wrong", [["--methods", "fast"], ["--preset", "mlp_small", "--model", "mlp"], ["--tune-jaxdp", "--no-tune"]]
+)
+def test_a_wrong_choice_is_an_error_before_any_work(wrong, monkeypatch):
+    monkeypatch.setattr(dp_sgd, "measure", lambda *_: pytest.fail("it started to work"))
+    with pytest.raises(SystemExit) as error:
+        dp_sgd.main(wrong)
+    assert error.value.code not in (0, None)
+
+
 def test_an_absent_peer_is_reported(monkeypatch):
     absent = dataclasses.replace(BY_NAME["optax"], imports=("a_package_that_is_not_there",))
-    monkeypatch.setattr(dp_sgd, "CONTENDERS", (BY_NAME["jaxdp"], absent))
-    running, skipped = dp_sgd.choose("optax")
-    assert [contender.name for contender in running] == ["jaxdp"]
+    monkeypatch.setattr(peers, "OTHERS", (absent,))
+    running, skipped = peers.choose(["optax"], ["vmap"], microbatch_size=2)
+    assert [contender.name for contender in running] == ["non_private", "jaxdp", "jaxdp_clip_only", "jaxdp_vmap"]
+    assert [contender.microbatch_size for contender in running] == [None, 2, 2, 2]
     assert skipped == {"optax": "not installed: a_package_that_is_not_there"}
+
+
+def test_the_presets_are_the_sizes_of_the_targets():
+    sizes = {name: dp_sgd.Config(preset=name).problem for name in ("mlp_small", "transformer_d512", "transformer_d128")}
+    assert {name: (problem.rows, problem.num_params()) for name, problem in sizes.items()} == {
+        "mlp_small": (64, 203_530),
+        "transformer_d512": (32, 19_973_632),
+        "transformer_d128": (32, 1_071_872),
+    }
 
 
 def test_unequal_updates_are_not_timed():
     unclipped = dataclasses.replace(BY_NAME["optax"], maker="non_private:make")
     with pytest.raises(RuntimeError, match="optax does not compute the update of jaxdp"):
-        dp_sgd.check_updates([unclipped], PROBLEM, SETTINGS)
+        checks.check_updates([unclipped], PROBLEM, SETTINGS)
 
 
-def test_the_baseline_is_jaxdp_without_clip_and_noise():
-    differences, _ = dp_sgd.check_updates([BY_NAME["non_private"]], PROBLEM, SETTINGS)
-    assert differences["non_private"] <= dp_sgd.TOLERANCE
+@pytest.mark.parametrize("microbatch_size", [None, 2])
+def test_the_baseline_is_jaxdp_without_clip_and_noise(microbatch_size):
+    baseline = NON_PRIVATE.with_microbatch_size(microbatch_size)
+    differences, _ = checks.check_updates([baseline], PROBLEM, SETTINGS)
+    assert differences["non_private"] <= checks.TOLERANCE
+
+
+def test_clipping_by_layers_is_compared_with_its_own_definition():
+    problem, per_layer = Problem(Mlp((20, 6, 3)), rows=4, seed=0), jaxdp_contender("per_layer")
+    differences, references = checks.check_updates([JAXDP, per_layer], problem, SETTINGS)
+    assert differences["jaxdp_per_layer"] <= checks.TOLERANCE
+    apart = np.linalg.norm(references["flat"] - references["per_layer"]) / np.linalg.norm(references["flat"])
+    assert apart > 100 * checks.TOLERANCE  # a comparison with flat clipping would have failed
 
 
 def test_unequal_noise_is_not_timed():
-    _, noiseless = dp_sgd.check_updates([], PROBLEM, SETTINGS)
-    twice = dataclasses.replace(SETTINGS, noise_multiplier=2.0)
-    trainers = {"jaxdp": BY_NAME["jaxdp"].make(PROBLEM, twice)}
-    with pytest.raises(RuntimeError, match="jaxdp adds noise of standard deviation"):
-        dp_sgd.check_noise(trainers, PROBLEM, SETTINGS, noiseless)
+    _, references = checks.check_updates([JAXDP], PROBLEM, SETTINGS)
+    for factor in (2.0, 0.5):
+        wrong = dataclasses.replace(SETTINGS, noise_multiplier=factor)
+        trainers = {"jaxdp": JAXDP.make(PROBLEM, wrong)}
+        with pytest.raises(RuntimeError, match="jaxdp adds noise of standard deviation"):
+            checks.check_noise([JAXDP], trainers, PROBLEM, SETTINGS, references)
+
+
+def test_clip_only_adds_no_noise():
+    first, second = (CLIP_ONLY.make(PROBLEM, SETTINGS) for _ in range(2))
+    for trainer in (first, second):
+        trainer.step()
+    assert all(np.array_equal(first.params()[name], leaf) for name, leaf in second.params().items())
+
+
+def test_the_fastest_microbatch_size_wins(monkeypatch):
+    seconds = {None: 3.0, 1: 2.0, 2: 1.0, 4: 4.0}
+    monkeypatch.setattr(tuning, "candidates", lambda rows: list(seconds))
+
+    def make(self, problem, settings):
+        return Trainer(lambda: seconds[self.microbatch_size], dict, None)
+
+    monkeypatch.setattr(peers.Contender, "make", make)
+    monkeypatch.setattr(harness, "alternate", lambda steps, **_: ({name: [step()] for name, step in steps.items()}, {}))
+    tuned, record = tuning.tune([NON_PRIVATE, JAXDP], PROBLEM, SETTINGS, turn_seconds=0.0)
+    assert [contender.microbatch_size for contender in tuned] == [2, None]
+    assert record["non_private"]["chosen_microbatch_size"] == 2
+    assert record.keys() == {"non_private"}
+    running, _ = peers.choose([], ["two_pass"], tune_jaxdp=True)
+    tuned, record = tuning.tune(running, PROBLEM, SETTINGS, turn_seconds=0.0)
+    assert [contender.microbatch_size for contender in tuned] == [2, 2, 2, 2]
+    assert record.keys() == {
+        "non_private",
+        "jaxdp",
+        "jaxdp_two_pass",
+    }  # without noise, jaxdp takes the size it has with it
+
+
+def test_all_divisors_are_tried():
+    assert tuning.candidates(12) == [None, 1, 2, 3, 4, 6]
+
+
+@pytest.mark.parametrize("contender", [NON_PRIVATE, JAXDP], ids=lambda contender: contender.name)
+def test_memory_needs_no_arrays_and_steps_reuse_its_program(contender, caplog):
+    trainer = contender.make(PROBLEM, dataclasses.replace(SETTINGS, noise_multiplier=0.0))
+    assert trainer.xla_memory()["temp_bytes"] > 0
+    trainer.params()
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        trainer.step()
+    assert "XLA compilation" not in caplog.text
 
 
 def test_turns_alternate_and_rotate():
