@@ -25,14 +25,14 @@ class Mutation:
 
 
 GRADIENTS = "tests/gradients/test_clipped_grad.py"
-ZOO = "tests/gradients/test_zoo.py"
+NORMS, ZOO = "tests/gradients/test_norms.py", "tests/gradients/test_zoo.py"
 PRIVATIZE = "tests/mechanism/test_privatize.py"
 MUTATIONS = {
     "noise_removed": Mutation(
         "jaxdp/mechanism/privatize.py", "if plan.noise_multiplier > 0:", "if False:", f"{PRIVATIZE} released_mean or independent"
     ),
     "noise_halved": Mutation(
-        "jaxdp/noise.py", "leaf + stddevs[group]", "leaf + 0.5 * stddevs[group]", f"{PRIVATIZE} released_mean or audit"
+        "jaxdp/noise.py", "scale = stddevs[", "scale = 0.5 * stddevs[", f"{PRIVATIZE} released_mean or audit"
     ),
     "noise_in_bfloat16": Mutation(
         "jaxdp/noise.py",
@@ -78,9 +78,9 @@ MUTATIONS = {
     ),
     "non_finite_example_multiplied_by_zero": Mutation(
         "jaxdp/clipping/aggregation.py",
-        "rows = jnp.where(keep[:, group, None], rows, 0.0)",
+        "rows = jnp.where(keep[:, layers, None], rows, 0.0)",
         "rows = rows * 1.0",
-        "tests/test_transforms.py finite",
+        f"{GRADIENTS} non_finite and vmap",
     ),
     "norm_in_the_leaf_dtype": Mutation(
         "jaxdp/clipping/aggregation.py",
@@ -152,6 +152,57 @@ MUTATIONS = {
         "return Ledger((*entries[:0], ",
         "tests/mechanism/test_ledger.py changed_plan",
     ),
+    "recurrent_weight_counted_once": Mutation(
+        "jaxdp/gradients/uses.py",
+        "loop = Loop(place.path, scan.length, is_stacked=False)",
+        "loop = Loop(place.path, scan.length, is_stacked=True)",
+        f"{ZOO} recurrent",
+    ),
+    "overlapping_slices_called_disjoint": Mutation(
+        "jaxdp/gradients/views.py",
+        "if a.box is None or b.box is None or a.in_shape != b.in_shape:\n            return False",
+        "if a.box is None or b.box is None or a.in_shape != b.in_shape:\n            return False\n        return True",
+        f"{ZOO} overlap",
+    ),
+    "cross_terms_dropped": Mutation(
+        "jaxdp/gradients/norms.py", "parts += [2.0 * _inner", "parts += [0.0 * _inner", f"{NORMS} one_matrix"
+    ),
+    "gram_rounding_not_charged": Mutation(
+        "jaxdp/gradients/norms.py",
+        "+ _gram_chain(payloads) * roundoff * jnp.square(total))",
+        "+ 0.0 * jnp.square(total))",
+        f"{NORMS} long_tokens",
+    ),
+    "sum_rounding_not_charged": Mutation(
+        "jaxdp/gradients/norms.py", "charge = passes * (tokens + 2) * roundoff", "charge = 0.0 * roundoff", f"{NORMS} adds_more"
+    ),
+    "stored_operand_not_charged": Mutation(
+        "jaxdp/gradients/norms.py", "{jnp.dtype(jnp.bfloat16): 2.0**-8}", "{jnp.dtype(jnp.bfloat16): 0.0}", f"{NORMS} adds_more"
+    ),
+    "underflow_not_charged": Mutation(
+        "jaxdp/gradients/norms.py",
+        "charge * total + _add(lost))",
+        "charge * total + 0.0 * _add(lost))",
+        f"{NORMS} adds_more",
+    ),
+    "factors_of_a_bad_example_multiplied": Mutation(
+        "jaxdp/gradients/norms.py",
+        "return jnp.where(keep.reshape(*keep.shape, *(1,) * (x.ndim - keep.ndim)), x, jnp.zeros_like(x))",
+        "return x",
+        f"{NORMS} never_multiplied",
+    ),
+    "convolutions_share_a_kernel_gradient": Mutation(
+        "jaxdp/gradients/methods.py",
+        'one_by_one = jaxprs.contains(problem.plan.traced.body, "conv_general_dilated")',
+        "one_by_one = False",
+        f"{ZOO} convolution_grouped and vmap",
+    ),
+    "layers_noised_alike": Mutation(
+        "jaxdp/noise.py",
+        "scale = stddevs[jnp.asarray(group)].astype(leaf.dtype)",
+        "scale = stddevs[jnp.asarray(group)].astype(leaf.dtype)[..., :1]",
+        "tests/test_noise.py layers",
+    ),
     "update_past_the_plan": Mutation(
         "jaxdp/transforms.py",
         "exhausted = state.step >= plan.num_steps",
@@ -176,7 +227,7 @@ def test_the_suite_goes_red_when_the_code_is_broken(name, tmp_path):
 
     tests, expression = mutation.tests.split(" ", 1)
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests, "-k", expression],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", tests, "-k", expression],
         cwd=tmp_path,  # `python -m` puts the copy before the installed package
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
         capture_output=True,

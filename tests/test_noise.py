@@ -119,3 +119,9 @@ def test_the_noise_is_normal_in_its_body_and_its_tails(key):
         expected = 2 * len(draw) * stats.norm.sf(threshold)
         assert abs(np.sum(np.abs(draw) > threshold) - expected) < 5 * np.sqrt(expected)
     assert abs(np.mean(draw > 0) - 0.5) < 5 * 0.5 / np.sqrt(len(draw))
+
+
+def test_stacked_layers_are_noised_by_the_std_of_each(key):
+    stddevs = jnp.array([1.0, 10.0, 100.0])
+    noised = add_noise({"w": jnp.zeros((3, 40, 50))}, stddevs, ((2, 0, 1),), key=key)["w"]
+    np.testing.assert_allclose(jnp.std(noised, axis=(1, 2)), [100.0, 1.0, 10.0], rtol=0.1)

@@ -101,6 +101,7 @@ class ClippedGrad:
                 f"clip_norms must have shape ({len(groups.names)},), one for each group, got {norms.shape}."
             )
         self._check_fun(params, batch)
+        params = jax.tree.map(jnp.asarray, params)
 
         def on_rows(rows: Batch, rows_are_padding: jax.Array) -> tuple[ClippedSum, NotPrivate]:
             problem = Problem(self.fun, self.has_aux, self.clipping, groups, params, rows, rows_are_padding, norms)

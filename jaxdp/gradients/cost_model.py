@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from jaxdp.gradients.factors import Factoring, NormRoute
+from jaxdp.gradients.factors import Factoring
+from jaxdp.gradients.norms import NormRoute
 
 if TYPE_CHECKING:
     from jaxdp.gradients.sites import Site
@@ -43,21 +44,28 @@ _RATES = {"cpu": Rates(60e9, 12e9), "gpu": Rates(790e12, 4.3e12)}
 
 
 def norm_route(uses: Sequence[tuple[Factoring, tuple[Loop, ...]]], rows: int, dtype: Any) -> tuple[NormRoute, bool]:
-    """Gram or direct, and whether to keep the per-example gradients for the sum (spill)."""
+    """Gram or direct, and whether to keep the per-example gradients for the sum (spill).
+
+    Several uses of one weight are summed into one stored gradient where it is small, and take Gram matrices elsewhere.
+    """
     rates = _RATES["cpu" if jax.default_backend() == "cpu" else "gpu"]
     tokens = sum(
         factoring.num_tokens * math.prod(loop.length for loop in loops if not loop.is_stacked)
         for factoring, loops in uses
     )
     h, i, j = uses[0][0].sizes
-    if tokens == 1 or any(factoring.has_ids for factoring, _ in uses):
+    is_joint = len(uses) > 1 or any(not loop.is_stacked for loop in uses[0][1])
+    if tokens == 1 or (uses[0][0].has_ids and not is_joint):
         return "gram", False
+    is_small = h * i * j <= 2 * tokens * (i + j) * h  # the per-example gradient takes no more room than its factors
+    if is_joint:
+        return ("direct" if is_small else "gram"), False
     product = 2.0 * rows * h * tokens * i * j / rates.flops
     entries = 4.0 * rows * h * i * j / rates.bytes
     gram = 2.0 * rows * h * tokens**2 * (i + j) / rates.flops + 4 * 4.0 * rows * h * tokens**2 / rates.bytes
     direct = product + 2 * entries
     spill = direct + entries - product  # the stored gradients are summed instead of multiplied again
-    if spill < min(gram, direct) and h * i * j <= 2 * tokens * (i + j) * h:
+    if is_small and spill < min(gram, direct):
         return "direct", True
     return ("gram", False) if gram <= direct else ("direct", False)
 

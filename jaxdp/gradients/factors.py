@@ -9,8 +9,7 @@ token ids are kept; for a convolution L are the patches. H independent products 
 A `Factoring` reads L and R off the operand and the cotangent of one equation, and knows which axes of the weight the
 indices H, I and J are. Two factorings of one weight compose by stacking their tokens.
 
-The norm is of the very tensor that is summed (S4): `squared_norm` returns an upper bound that covers, beside the norm, the
-rounding of the sum that `weighted_sum` computes. Source: ghost norms, arXiv 2110.05679; book-keeping, arXiv 2210.00038.
+Source: ghost norms, arXiv 2110.05679; book-keeping, arXiv 2210.00038.
 """
 
 from __future__ import annotations
@@ -28,19 +27,8 @@ from jaxdp.gradients import jaxprs
 
 #: `{"left": [B, H, T, I] or ids [B, T] as floats, "right": [B, H, T, J]}`, or `{"gradient": [B, ...]}`.
 Payload: TypeAlias = dict[str, jax.Array]
-NormRoute: TypeAlias = Literal["gram", "direct"]
-
 # Ids travel as float32 numbers, which are exact up to here: a cotangent cannot be an integer.
 _LARGEST_VOCABULARY = 2**24
-
-# S4(c), S4(d). Let P = ||L||_F ||R||_F, the scale at which a product of the two can cancel. A float32 product of n terms is
-# off by up to some units of 2^-24 P; the largest error in tests/gradients/test_factors.py, over random and adversarial
-# operands, is 0.7 of them for a weight gradient and 1.1 for the square of a Gram norm. Four times that is charged.
-_SUM_ERROR = 2.0**-22
-_GRAM_ERROR = 2.0**-22
-# Half a unit in the last place of a bfloat16 operand that was multiplied by its clipping factor and stored. A float16 one
-# could underflow besides, so its products run in float32.
-_STORED_OPERAND_ERROR = {jnp.dtype(jnp.bfloat16): 2.0**-8}
 
 
 def accumulator(*dtypes: Any) -> Any:
@@ -154,6 +142,13 @@ def dense(
     return Factoring("dense", axes, base_shape, tokens, False, factor)
 
 
+def _as_int32(ids: jax.Array) -> jax.Array:
+    """Ids in a dtype that every vocabulary fits: the number of rows itself may overflow the dtype of a user's ids."""
+    bounds = jnp.iinfo(ids.dtype)
+    lowest, highest = max(int(bounds.min), -(2**31)), min(int(bounds.max), 2**31 - 1)
+    return jnp.clip(ids, lowest, highest).astype(jnp.int32)
+
+
 def embedding(eqn: jaxprs.Equation, base_axes: tuple[int, ...], base_shape: tuple[int, ...]) -> Factoring | str:
     """The factoring of a `gather` of whole rows of a table, operand 0; or why there is none."""
     table, ids = (var.aval for var in eqn.invars)
@@ -184,7 +179,7 @@ def embedding(eqn: jaxprs.Equation, base_axes: tuple[int, ...], base_shape: tupl
     g_order = [*token_axes, *(numbers.offset_dims[k] for k in column_order)]
 
     def factor(ids: jax.Array, g: jax.Array) -> Payload:
-        ids = ids.reshape(ids.shape[0], tokens)
+        ids = _as_int32(ids).reshape(ids.shape[0], tokens)
         right = jnp.transpose(g, [0, *(k + 1 for k in g_order)]).reshape(g.shape[0], 1, tokens, -1)
         if mode == "CLIP":
             ids = jnp.clip(ids, 0, num_rows - 1)
@@ -210,7 +205,7 @@ def row(eqn: jaxprs.Equation, base_axes: tuple[int, ...], base_shape: tuple[int,
 
     def factor(ids: jax.Array, g: jax.Array) -> Payload:
         right = jnp.transpose(g, [0, axis + 1, *(k + 1 for k in columns)]).reshape(g.shape[0], 1, 1, -1)
-        return {"left": jnp.clip(ids, 0, num_rows - 1).astype(jnp.float32)[:, None], "right": right}
+        return {"left": jnp.clip(_as_int32(ids), 0, num_rows - 1).astype(jnp.float32)[:, None], "right": right}
 
     axes = ((), (base_axes[axis],), tuple(base_axes[k] for k in columns))
     return Factoring("embedding", axes, base_shape, 1, True, factor), axis + 1
@@ -259,186 +254,3 @@ def conv(eqn: jaxprs.Equation, base_axes: tuple[int, ...], base_shape: tuple[int
 
     axes = ((), tuple(base_axes[axis] for axis in (in_channels, *spatial)), (base_axes[out_channels],))
     return Factoring("conv", axes, base_shape, tokens, False, factor, groups)
-
-
-# ---- norms
-
-
-def _product(subscripts: str, *operands: jax.Array) -> jax.Array:
-    wide = accumulator(*(operand.dtype for operand in operands))
-    if len({operand.dtype for operand in operands}) > 1:
-        operands = tuple(operand.astype(wide) for operand in operands)
-    return jnp.einsum(subscripts, *operands, precision=lax.Precision.HIGHEST, preferred_element_type=wide)
-
-
-def _square_sum(x: jax.Array) -> jax.Array:  # [B, ...] -> [B]
-    wide = x.astype(accumulator(x.dtype))
-    return jnp.sum(jnp.square(wide), axis=tuple(range(1, x.ndim)))
-
-
-def payload_of_tie(payload: Payload, ids: jax.Array) -> Payload:
-    """What the joint norm of a tied embedding and head needs of the head: nothing of the size of the logits.
-
-    With M = E + H, ||M||^2 = ||E||^2 + ||H||^2 + 2 <E, H>, and <E, H> touches only the columns of the head's left factor
-    that are ids of the embedding.
-
-    Args:
-        payload: Of the head, with the vocabulary on the left: left `[B, 1, S, V]`, right `[B, 1, S, D]`.
-        ids: Token ids of the embedding, `[B, T]` as floats.
-
-    Returns:
-        The square `[B]` of the head's norm, P and the underflow of `squared_norm`, left at the ids `[B, S, T]`, right.
-    """
-    left, right = payload["left"], payload["right"]
-    grams = _product("bhti,bhsi->bhts", left, left), _product("bhtj,bhsj->bhts", right, right)
-    picked = jax.vmap(lambda row, i: row[0][:, i])(left, ids.astype(jnp.int32))
-    scale, lost = _scale_and_underflow(payload)
-    square = jnp.sum(grams[0] * grams[1], axis=(1, 2, 3))
-    return {"square": square, "scale": scale, "lost": lost, "picked": picked, "right": right}
-
-
-def squared_norm_of_tie(table: Payload, head: Payload) -> jax.Array:
-    """As `squared_norm`, of an embedding by its payload and its tied head by `payload_of_tie`."""
-    scale, lost = _scale_and_underflow(table)
-    grams = _product("bsj,btj->bst", head["right"][:, 0], table["right"][:, 0])
-    cross = jnp.sum(head["picked"].astype(grams.dtype) * grams, axis=(1, 2))
-    square = _square_sum(_rows_by_token(table["left"], table["right"])) + head["square"] + 2.0 * cross
-    total = scale + head["scale"]
-    norm = jnp.sqrt(jnp.maximum(square, 0.0) + _GRAM_ERROR * jnp.square(total))
-    return jnp.square(norm + _SUM_ERROR * total + lost + head["lost"])
-
-
-def gradient_of(factoring: Factoring, payload: Payload) -> jax.Array:
-    """M_b `[B, H, I, J]`, in float32 or wider: formed where that is cheaper than the alternatives."""
-    if "gradient" in payload:
-        return payload["gradient"]
-    left, right = payload["left"], payload["right"]
-    if factoring.has_ids:
-        wide = right[:, 0].astype(accumulator(right.dtype))
-        zeros = jnp.zeros((right.shape[0], factoring.sizes[1], right.shape[-1]), wide.dtype)
-        return jax.vmap(lambda zero, ids, rows: zero.at[ids].add(rows))(zeros, left.astype(jnp.int32), wide)[:, None]
-    return _product("bhti,bhtj->bhij", left, right)
-
-
-def _rows_by_token(ids: jax.Array, right: jax.Array) -> jax.Array:
-    """`[B, T, J]`: at the first token of each id the gradient of its row, at the others zero."""
-    same = ids[:, :, None] == ids[:, None, :]
-    first = jnp.argmax(same, axis=2) == jnp.arange(ids.shape[1])[None, :]  # no earlier token has this id
-    rows = _product("bts,bsj->btj", same.astype(right.dtype), right[:, 0])
-    return jnp.where(first[:, :, None], rows, jnp.zeros_like(rows))
-
-
-def _inner(a: Factoring, b: Factoring, x: Payload, y: Payload) -> jax.Array:
-    """<M_a, M_b> for each example by Gram matrices of tokens, `[B]`."""
-    right = _product("bhtj,bhsj->bhts", x["right"], y["right"])
-    if a.has_ids and b.has_ids:
-        left = (x["left"][:, None, :, None] == y["left"][:, None, None, :]).astype(right.dtype)
-    elif a.has_ids or b.has_ids:
-        ids, rows = (x["left"], y["left"]) if a.has_ids else (y["left"], x["left"])
-        picked = jax.vmap(lambda i, row: row[:, :, i])(ids.astype(jnp.int32), rows)  # [B, H, S, T]
-        left = (jnp.swapaxes(picked, 2, 3) if a.has_ids else picked).astype(right.dtype)
-    else:
-        left = _product("bhti,bhsi->bhts", x["left"], y["left"])
-    return jnp.sum(left * right, axis=(1, 2, 3))
-
-
-def squared_norm_of_layers(payload: Payload) -> jax.Array:
-    """||M_b||^2 of each slice along the leading axis of a stored gradient, `[B, L]`."""
-    return jax.vmap(_square_sum)(payload["gradient"])
-
-
-def squared_norm(factorings: Sequence[Factoring | None], payloads: Sequence[Payload], route: NormRoute) -> jax.Array:
-    """An upper bound of ||sum_k M_k||^2 for each example, `[B]`, for the uses k of one weight.
-
-    It is the squared norm plus a charge for rounding, so that a factor of C / norm keeps what `weighted_sum` adds at or
-    below C (S4); for float32 operands the charge is below 1e-6 of the norm for a hundred tokens.
-    """
-    if len(payloads) == 1 and "gradient" in payloads[0]:
-        return _square_sum(payloads[0]["gradient"])
-    pairs = [(factoring, payload) for factoring, payload in zip(factorings, payloads, strict=True) if factoring]
-    scales, lost = zip(*(_scale_and_underflow(payload) for _, payload in pairs), strict=True)
-    total = sum(scales[1:], scales[0])
-    if len(pairs) == 1 and payloads[0]["right"].shape[2] == 1:
-        norm = scales[0] if pairs[0][0].sizes[0] == 1 else _norm_of_one_token(payloads[0])
-    elif len(pairs) == 1 and pairs[0][0].has_ids:
-        norm = jnp.sqrt(_square_sum(_rows_by_token(payloads[0]["left"], payloads[0]["right"])))
-    elif route == "direct":
-        norm = jnp.sqrt(_square_sum(_sum_of_gradients(pairs)))
-    else:
-        square = jnp.zeros_like(total)
-        for k, (factoring, payload) in enumerate(pairs):
-            square += _inner(factoring, factoring, payload, payload)
-            for other, rest in pairs[:k]:
-                square += 2.0 * _inner(factoring, other, payload, rest)
-        norm = jnp.sqrt(jnp.maximum(square, 0.0) + _GRAM_ERROR * jnp.square(total))
-    charge = _SUM_ERROR + max(0.0 if f.has_ids else _STORED_OPERAND_ERROR.get(p["right"].dtype, 0.0) for f, p in pairs)
-    return jnp.square(norm + charge * total + sum(lost[1:], lost[0]))
-
-
-def _sum_of_gradients(pairs: Sequence[tuple[Factoring, Payload]]) -> jax.Array:
-    gradients = [gradient_of(*pair) for pair in pairs]
-    return sum(gradients[1:], gradients[0])
-
-
-def _norm_of_one_token(payload: Payload) -> jax.Array:
-    left, right = (payload[side].astype(accumulator(payload[side].dtype)) for side in ("left", "right"))
-    squares = jnp.sum(jnp.square(left), axis=(2, 3)) * jnp.sum(jnp.square(right), axis=(2, 3))
-    return jnp.sqrt(jnp.sum(squares, axis=1))
-
-
-def _scale_and_underflow(payload: Payload) -> tuple[jax.Array, jax.Array]:
-    """P = ||L||_F ||R||_F of each example, and how much of the norm squares that underflowed may hide; `[B]` each.
-
-    The norm of L^T R may be large where that of R is too small to square in float32, if L is huge: every square that may
-    have been flushed to zero is counted at the smallest normal number.
-    """
-    right = _square_sum(payload["right"])
-    tiny = float(jnp.finfo(right.dtype).tiny)
-    flushed_right = math.prod(payload["right"].shape[1:]) * tiny
-    if payload["left"].ndim == 2:  # one-hot
-        left, flushed_left = jnp.full_like(right, payload["right"].shape[2]), 0.0
-    else:
-        left = _square_sum(payload["left"]).astype(right.dtype)
-        flushed_left = math.prod(payload["left"].shape[1:]) * tiny
-    lost = jnp.sqrt(left) * math.sqrt(flushed_right) + jnp.sqrt(right) * math.sqrt(flushed_left)
-    return jnp.sqrt(left) * jnp.sqrt(right), lost
-
-
-# ---- sums
-
-
-def _zeroed(x: jax.Array, keep: jax.Array) -> jax.Array:
-    return jnp.where(keep.reshape(*keep.shape, *(1,) * (x.ndim - keep.ndim)), x, jnp.zeros_like(x))
-
-
-def weighted_sum(factoring: Factoring | None, payload: Payload, factors: jax.Array, keep: jax.Array) -> jax.Array:
-    """sum_b factors_b M_b over the examples to keep, `[H, I, J]` in float32 or wider.
-
-    Args:
-        factoring: How the payload was read; None if it is a gradient.
-        payload: Factors or gradients of B examples.
-        factors: `[B]`; or `[B, L]` for a stored gradient of L layers along its leading axis.
-        keep: Bool, as `factors`; the others are zeroed before any product, since 0 * inf is NaN (S9).
-    """
-
-    if "gradient" in payload:
-        gradient = payload["gradient"]
-        wide = accumulator(gradient.dtype)
-        rows = _zeroed(gradient, keep).astype(wide).reshape(*factors.shape, -1)
-        if factors.ndim == 2:
-            total = _product("bl,bln->ln", factors.astype(wide), rows)
-            return total.reshape(gradient.shape[1:])
-        total = jnp.matmul(factors.astype(wide), rows, precision=lax.Precision.HIGHEST)
-        return total.reshape(gradient.shape[1:])
-    assert factoring is not None
-    left, right = _zeroed(payload["left"], keep), _zeroed(payload["right"], keep)
-    wide = accumulator(right.dtype)
-    scaled = right.astype(wide) * factors.astype(wide)[:, None, None, None]
-    if factoring.has_ids:
-        rows = scaled[:, 0].reshape(-1, scaled.shape[-1])
-        zeros = jnp.zeros((factoring.sizes[1], rows.shape[-1]), wide)
-        return zeros.at[left.reshape(-1).astype(jnp.int32)].add(rows)[None]
-    # The product runs in the dtype of its operands; what storing the scaled one loses was charged to the norm (S4c).
-    narrow = left.dtype == right.dtype and right.dtype in _STORED_OPERAND_ERROR
-    dtype = right.dtype if narrow else wide
-    return _product("bhti,bhtj->hij", left.astype(dtype), scaled.astype(dtype))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -26,10 +27,10 @@ from jaxdp import _validate
 from jaxdp._typing import Batch, LossFn, Params
 from jaxdp.clipping import ClippedSum, ClippingPolicy, Groups, LeafGroup, PerLayer, clip_and_sum, clipping_factors
 from jaxdp.gradients import jaxprs
-from jaxdp.gradients.factors import (
+from jaxdp.gradients.factors import Payload, accumulator
+from jaxdp.gradients.norms import (
     NormRoute,
-    Payload,
-    accumulator,
+    gradient_of,
     payload_of_tie,
     squared_norm,
     squared_norm_of_layers,
@@ -187,34 +188,60 @@ def _merged(site: Site, payload: Payload) -> tuple[Payload, bool]:
         shape = value.shape[len(stacked) :]
         tokens_end = token_axis + len(repeated) + 1
         if repeated:
-            shape = (*shape[:token_axis], -1, *shape[tokens_end:])
+            shape = (*shape[:token_axis], math.prod(shape[token_axis:tokens_end]), *shape[tokens_end:])
         return value.reshape((-1, *shape) if stacked else shape)
 
     return {name: move(name, value) for name, value in payload.items()}, bool(stacked)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Late:
+    """What a site left behind, its loops merged; `has_axis` if the payload has an axis of stacked iterations."""
+
+    site: Site
+    payload: Payload
+    has_axis: bool
+
+    def map(self, function: Callable[..., jax.Array], *rows: jax.Array) -> jax.Array:
+        return (
+            lax.map(lambda xs: function(*xs), (self.payload, *rows)) if self.has_axis else function(self.payload, *rows)
+        )
+
+
+def _left_behind(leaf: LeafPlan, reports: Mapping[Key, Slot]) -> list[_Late]:
+    late = [_Late(site, *_merged(site, reports[site.key].report.rows)) for site in leaf.sites]
+    if leaf.kind != "joint" or leaf.norm_route == "gram":
+        return late
+
+    def gradient(payloads: Sequence[Payload]) -> jax.Array:
+        parts = [gradient_of(site.factoring, payload) for site, payload in zip(leaf.sites, payloads, strict=True)]
+        return _add(parts)
+
+    # The sum of the uses is small: formed once, the norm and the sum are of the same tensor (S4).
+    payloads, has_axis = [each.payload for each in late], late[0].has_axis
+    whole = lax.map(gradient, payloads) if has_axis else gradient(payloads)
+    return [_Late(leaf.sites[0], {"gradient": whole}, has_axis)]
 
 
 def _lengths(site: Site) -> list[int]:
     return [loop.length for loop in site.loops if loop.is_stacked]
 
 
-def _late_squared_norm(leaf: LeafPlan, payloads: Mapping[Key, Payload]) -> jax.Array:
+def _late_squared_norm(leaf: LeafPlan, late: Sequence[_Late]) -> jax.Array:
     """The squared norm of each example, `[B]`; of each of its layers, `[B, L]`, where these are clipped one by one."""
 
-    def norm(sites: Sequence[Site]) -> jax.Array:
-        merged = [_merged(site, payloads[site.key]) for site in sites]
-        values, has_axis = [payload for payload, _ in merged], merged[0][1]
+    def norm(parts: Sequence[_Late]) -> jax.Array:
+        sites, payloads, has_axis = [part.site for part in parts], [part.payload for part in parts], parts[0].has_axis
 
-        def one(values: Sequence[Payload]) -> jax.Array:
-            return _squared_norm(leaf, sites, values)
+        def one(payloads: Sequence[Payload]) -> jax.Array:
+            return _squared_norm(leaf, sites, payloads)
 
         if not has_axis:
-            return _by_layer(leaf, sites[0], one(values))
-        square = lax.map(one, values)
+            return _by_layer(leaf, sites[0], one(payloads))
+        square = lax.map(one, payloads)
         return _by_layer(leaf, sites[0], square.reshape(*_lengths(sites[0]), *square.shape[1:]))
 
-    if leaf.kind == "joint":
-        return norm(leaf.sites)
-    return _add([norm([site]) for site in leaf.sites])
+    return norm(late) if leaf.kind == "joint" else _add([norm([part]) for part in late])
 
 
 def _squared_norm(leaf: LeafPlan, sites: Sequence[Site], payloads: Sequence[Payload]) -> jax.Array:
@@ -250,18 +277,20 @@ def _of_site(leaf: LeafPlan, site: Site, values: jax.Array) -> jax.Array:
     return columns.T if site.scans_layers else columns
 
 
-def _late_sum(leaf: LeafPlan, payloads: Mapping[Key, Payload], factors: jax.Array, keep: jax.Array) -> jax.Array:
-    def total(site: Site) -> jax.Array:
-        merged, has_axis = _merged(site, payloads[site.key])
-        rows = _of_site(leaf, site, factors), _of_site(leaf, site, keep)
-        if not has_axis:
-            return site.to_leaf(weighted_sum(site.factoring, merged, *rows))
-        lengths = _lengths(site)
-        rows = tuple(_over_loops(row, lengths).reshape(-1, row.shape[-1]) for row in rows)
-        sums = lax.map(lambda xs: weighted_sum(site.factoring, *xs), (merged, *rows))
-        return site.to_leaf(sums.reshape(*lengths, *site.total_shape))
+def _late_sum(leaf: LeafPlan, late: Sequence[_Late], factors: jax.Array, keep: jax.Array) -> jax.Array:
+    def total(part: _Late) -> jax.Array:
+        site, lengths = part.site, _lengths(part.site)
+        rows = [_of_site(leaf, site, factors), _of_site(leaf, site, keep)]
+        if part.has_axis:
+            rows = [_over_loops(row, lengths).reshape(-1, row.shape[-1]) for row in rows]
 
-    return _add([total(site) for site in leaf.sites])
+        def one(payload: Payload, factors: jax.Array, keep: jax.Array) -> jax.Array:
+            return weighted_sum(site.factoring, payload, factors, keep, is_joint=leaf.kind == "joint")
+
+        sums = part.map(one, *rows)
+        return site.to_leaf(sums.reshape(*lengths, *site.total_shape) if part.has_axis else sums)
+
+    return _add([total(part) for part in late])
 
 
 def _over_loops(row: jax.Array, lengths: Sequence[int]) -> jax.Array:
@@ -360,25 +389,30 @@ def by_two_passes(problem: Problem) -> Clipped:
     loss, pull, rest = jax.vjp(lambda slots: problem.losses(assignment, slots), slots, has_aux=True)
     (reports,) = pull(jnp.ones_like(loss))
     squares: dict[int, jax.Array] = {}
+    late: dict[int, list[_Late]] = {}
     for leaf in plan.leaves:
         if leaf.tie is not None:
             table, head = (reports[site.key].report.rows for site in (leaf.tie.table, leaf.tie.head))
             squares[leaf.index] = squared_norm_of_tie(table, head)
         elif leaf.kind == "joint":
-            squares[leaf.index] = _late_squared_norm(
-                leaf, {site.key: reports[site.key].report.rows for site in leaf.sites}
-            )
+            late[leaf.index] = _left_behind(leaf, reports)
+            squares[leaf.index] = _late_squared_norm(leaf, late[leaf.index])
         elif leaf.sites:
             parts = [_by_layer(leaf, site, reports[site.key].report.rows) for site in leaf.sites]
             squares[leaf.index] = _add(parts)
-    kept = [leaf for leaf in plan.leaves if leaf.kind == "joint" and any(site.narrow for site in leaf.sites)]
+    # Kept until the factors are known: what cannot be clipped once more, and small gradients.
+    kept = {
+        index
+        for index in late
+        if plan.leaves[index].norm_route == "direct" or any(site.narrow for site in plan.leaves[index].sites)
+    }
 
     def totals(factors: jax.Array, keep: jax.Array) -> Any:
         second: list[tuple[Key, Sequence[Site], Any]] = []
         slots: dict[Key, Slot] = {}
         for leaf in plan.leaves:
             for site in leaf.sites:
-                if leaf in kept:
+                if leaf.index in kept:
                     continue
                 lengths = [loop.length for loop in site.loops]
                 rows = {
@@ -401,9 +435,8 @@ def by_two_passes(problem: Problem) -> Clipped:
         (sums,) = pull(seeds)
         value = []
         for leaf in plan.leaves:
-            if leaf in kept:
-                payloads = {site.key: reports[site.key].report.rows for site in leaf.sites}
-                value.append(_late_sum(leaf, payloads, factors, keep))
+            if leaf.index in kept:
+                value.append(_late_sum(leaf, late[leaf.index], factors, keep))
             elif leaf.sites:
                 value.append(_add([site.to_leaf(sums[site.key].report.totals) for site in leaf.sites]))
             else:
@@ -434,12 +467,12 @@ def _report_norm(site: Site, leaf: LeafPlan) -> Task:
 def _report_sum(site: Site, leaf: LeafPlan) -> Task:
     def task(payloads: Mapping[Key, Payload], given: Report) -> Report:
         rows, payload = given.rows, payloads[site.key]
-        factors, keep = rows["factors"], rows["keep"]
+        factors, keep = rows["factors"], rows["keep"].astype(bool)
         if "square" in rows:
             now = _squared_norm(leaf, [site], [payload])
             keep = keep & jnp.isfinite(now)
             factors = factors * jnp.sqrt(jnp.where(now > rows["square"], rows["square"] / now, 1.0))
-        total = weighted_sum(site.factoring, payload, factors, keep)
+        total = weighted_sum(site.factoring, payload, factors, keep, is_joint=leaf.kind == "joint")
         return Report(None, total.astype(_total_dtype(site)))
 
     return task
@@ -462,7 +495,8 @@ def by_one_pass(problem: Problem, *, finish_groups: bool) -> Clipped:
         sums = {f"{site.leaf}": _totals(site, site.total_shape, _total_dtype(site)) for site in sites}
         dtype = accumulator(*(total.dtype for total in sums.values()))
         norm = _rows(sites[0], problem.size, (), dtype)
-        slots[key] = Slot(Report(norm, sums), Report(None, problem.clip_norms[jnp.asarray(group)]))
+        counts = _over_loops(~problem.is_padding, [loop.length for loop in sites[0].loops])
+        slots[key] = Slot(Report(norm, sums), Report(counts, problem.clip_norms[jnp.asarray(group)]))
         chosen.append((key, sites, _clip_group(problem, sites)))
     for leaf in plan.leaves:
         if leaf.index not in early_leaves:
@@ -471,16 +505,14 @@ def by_one_pass(problem: Problem, *, finish_groups: bool) -> Clipped:
                 chosen.append((site.key, [site], _report_payload(site.key)))
     assignment = _assign(plan, chosen)
     loss, pull, rest = jax.vjp(lambda slots: problem.losses(assignment, slots), slots, has_aux=True)
-    # A group finishes before the other norms are known, so an example that does not count is silenced from the start.
+    # A group finishes before the others, so an example whose loss is not finite is silenced from the start, by its cotangent.
     seeds = jnp.where(problem.counts(loss), 1.0, 0.0).astype(loss.dtype) if early else jnp.ones_like(loss)
     (reports,) = pull(seeds)
 
-    payloads = {site.key: reports[site.key].report.rows for site in plan.sites if site.key in reports}
-    squares = {
-        leaf.index: _late_squared_norm(leaf, payloads)
-        for leaf in plan.leaves
-        if leaf.sites and leaf.index not in early_leaves
+    late = {
+        leaf.index: _left_behind(leaf, reports) for leaf in plan.leaves if leaf.sites and leaf.index not in early_leaves
     }
+    squares = {index: _late_squared_norm(plan.leaves[index], parts) for index, parts in late.items()}
     norms = _norms(problem, squares)
     for group, key in keys.items():
         norms = norms.at[:, jnp.asarray(group)].set(reports[key].report.rows.T.astype(norms.dtype))
@@ -492,7 +524,7 @@ def by_one_pass(problem: Problem, *, finish_groups: bool) -> Clipped:
                 (site,) = leaf.sites
                 value.append(site.to_leaf(reports[keys[leaf.group]].report.totals[f"{leaf.index}"]))
             elif leaf.sites:
-                value.append(_late_sum(leaf, payloads, factors, keep))
+                value.append(_late_sum(leaf, late[leaf.index], factors, keep))
             else:
                 value.append(_zero(problem, leaf.index))
         return jax.tree.unflatten(jax.tree.structure(problem.params), value)
@@ -509,7 +541,7 @@ def _clip_group(problem: Problem, sites: Sequence[Site]) -> Task:
             squared_norm([site.factoring], [payloads[site.key]], routes[site.leaf]).astype(dtype) for site in sites
         ]
         norm = jnp.sqrt(_add(squares))
-        keep = jnp.isfinite(norm)  # S9
+        keep = given.rows.astype(bool) & jnp.isfinite(norm)  # S9
         bound = given.totals.astype(dtype)
         factors = jnp.where(keep, problem.policy.factors(norm[:, None], bound[None, None])[:, 0], 0.0)
         sums = {f"{site.leaf}": weighted_sum(site.factoring, payloads[site.key], factors, keep) for site in sites}

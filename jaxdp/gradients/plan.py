@@ -15,7 +15,7 @@ from jaxdp._typing import Example, LossFn, Params
 from jaxdp.clipping import Groups, LeafGroup
 from jaxdp.gradients import jaxprs
 from jaxdp.gradients.cost_model import Cost, cost_of, norm_route
-from jaxdp.gradients.factors import NormRoute
+from jaxdp.gradients.norms import NormRoute
 from jaxdp.gradients.sites import Site, site_of_copy, site_of_leaf, site_of_use
 from jaxdp.gradients.uses import Kind, find_uses
 
@@ -73,7 +73,7 @@ class LeafPlan:
 
     @functools.cached_property
     def tie(self) -> Tie | None:
-        return Tie.of(self.sites) if self.kind == "joint" else None
+        return Tie.of(self.sites) if self.kind == "joint" and self.norm_route == "gram" else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -103,8 +103,7 @@ def evaluate(
         slots: The slot of each task.
     """
     arguments = [*(ParamRef(jnp.asarray(leaf)) for leaf in params), *jax.tree.leaves(example)]
-    # What a site or a copy returns has a batch axis, even where no example enters: only constants are public.
-    batched = [True] * len(arguments)
+    batched = [True] * len(arguments)  # as in `find_uses`
     outputs = _run(traced.body, arguments, batched, (), _Scope(assignment, slots))
     return _plain(outputs)
 
@@ -205,13 +204,7 @@ def _cond(
 
     index, *rest = operands
     chosen = [inside(number, body) for number, body in enumerate(branches)]
-    slots = slots_below(scope.slots, path)
-    if not batched[0]:
-        return lax.switch(index, chosen, rest, slots)
-    # `jax.vmap` would run every branch, select by the predicate, and give each parameter a batch axis to do so. This is the
-    # same without that axis.
-    outcomes = [branch(rest, slots) for branch in chosen]
-    return [lax.select_n(index, *outs) for outs in zip(*outcomes, strict=True)]
+    return lax.switch(index, chosen, rest, slots_below(scope.slots, path))
 
 
 def _scan(scan: jaxprs.Scan, operands: list[Any], batched: list[bool], path: Path, scope: _Scope) -> list[Any]:

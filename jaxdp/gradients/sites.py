@@ -22,7 +22,8 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 from jaxdp.gradients import jaxprs
-from jaxdp.gradients.factors import Factoring, Payload, gradient_of
+from jaxdp.gradients.factors import Factoring, Payload
+from jaxdp.gradients.norms import gradient_of
 from jaxdp.gradients.uses import CopyPoint, Loop, Path, Use
 from jaxdp.gradients.views import View
 

@@ -145,8 +145,18 @@ class _Finder:
         else:
             self.uses[leaf].append(outcome)
 
-    def visit(self, body: jaxprs.Body, arriving: Sequence[_Arrival | None], place: Place) -> list[_Arrival | None]:
-        """Follows the parameters through a body; returns what its outputs hold."""
+    def visit(
+        self, body: jaxprs.Body, arriving: Sequence[_Arrival | None], private: Sequence[bool], place: Place
+    ) -> list[_Arrival | None]:
+        """Follows the parameters through a body; returns what its outputs hold.
+
+        Args:
+            body: The body.
+            arriving: What its arguments hold.
+            private: Which arguments may differ between examples.
+            place: Where it stands.
+        """
+        is_private, _ = jaxprs.depends(body, private)
         consumers = collections.Counter(
             atom
             for atom in itertools.chain(body.outvars, *(eqn.invars for eqn in body.equations))
@@ -171,31 +181,45 @@ class _Finder:
             operands = [read(atom) for atom in eqn.invars]
             if any(operands):
                 here = dataclasses.replace(place, path=(*place.path, index))
-                for var, arrival in zip(eqn.outvars, self.equation(eqn, operands, here), strict=True):
+                marks = [not jaxprs.is_literal(atom) and is_private.get(atom, False) for atom in eqn.invars]
+                for var, arrival in zip(eqn.outvars, self.equation(eqn, operands, marks, here), strict=True):
                     arrive(var, arrival)
         return [read(atom) for atom in body.outvars]
 
-    def equation(self, eqn: jaxprs.Equation, operands: list[_Arrival | None], place: Place) -> list[_Arrival | None]:
+    def equation(
+        self, eqn: jaxprs.Equation, operands: list[_Arrival | None], private: list[bool], place: Place
+    ) -> list[_Arrival | None]:
         nothing: list[_Arrival | None] = [None] * len(eqn.outvars)
         if carries_no_gradient(eqn):
             return nothing
         body = jaxprs.inlined(eqn)
         if body is not None:
-            return self.visit(body, operands, place)
+            return self.visit(body, operands, private, place)
         rematerialized = jaxprs.rematerialized(eqn)
         if rematerialized is not None:
-            self.enclosed(rematerialized[0], operands, dataclasses.replace(place, is_rematerialized=True))
+            self.enclosed(rematerialized[0], operands, private, dataclasses.replace(place, is_rematerialized=True))
             return nothing
         branches = jaxprs.branches(eqn)
+        if branches is not None and private[0]:
+            # Every branch runs, and the one that is not taken must not leave a NaN: `jax.vmap` knows how.
+            for arrival in operands:
+                if arrival is not None:
+                    self.end(arrival, "it enters a `cond` that the example decides")
+            return nothing
         if branches is not None:
             settled = [_settled(arrival) for arrival in operands[1:]]
             for number, branch in enumerate(branches):
                 choices = (*place.choices, (place.path, number))
-                self.enclosed(branch, settled, dataclasses.replace(place, path=(*place.path, number), choices=choices))
+                self.enclosed(
+                    branch,
+                    settled,
+                    private[1:],
+                    dataclasses.replace(place, path=(*place.path, number), choices=choices),
+                )
             return nothing
         scan = jaxprs.scan(eqn)
         if scan is not None:
-            self.scan(scan, operands, place)
+            self.scan(scan, operands, scan.settle(private), place)
             return nothing
         arrivals = [arrival for arrival in operands if arrival is not None]
         ops = view_ops(eqn) if len(arrivals) == 1 and operands[0] is not None else None
@@ -209,13 +233,15 @@ class _Finder:
                 self.end(arrival, _recognize(eqn, operand, arrival, place, is_alone=len(arrivals) == 1))
         return nothing
 
-    def enclosed(self, body: jaxprs.Body, arriving: Sequence[_Arrival | None], place: Place) -> None:
+    def enclosed(
+        self, body: jaxprs.Body, arriving: Sequence[_Arrival | None], private: Sequence[bool], place: Place
+    ) -> None:
         """Visits a body that a parameter cannot leave as a parameter."""
-        for arrival in self.visit(body, arriving, dataclasses.replace(place, scope=place.path)):
+        for arrival in self.visit(body, arriving, private, dataclasses.replace(place, scope=place.path)):
             if arrival is not None:
                 self.end(arrival, "it leaves a scan, cond or checkpoint unchanged")
 
-    def scan(self, scan: jaxprs.Scan, operands: list[_Arrival | None], place: Place) -> None:
+    def scan(self, scan: jaxprs.Scan, operands: list[_Arrival | None], private: Sequence[bool], place: Place) -> None:
         arriving: list[_Arrival | None] = []
         for position, arrival in enumerate(operands):
             entering = None
@@ -228,7 +254,7 @@ class _Finder:
                 loop = Loop(place.path, scan.length, is_stacked=True)
                 entering = dataclasses.replace(arrival, view=arrival.view.scanned(), loops=(*arrival.loops, loop))
             arriving.append(entering)
-        self.enclosed(scan.body, arriving, place)
+        self.enclosed(scan.body, arriving, private, place)
 
 
 def _recognize(eqn: jaxprs.Equation, operand: int, arrival: _Arrival, place: Place, *, is_alone: bool) -> Use | str:
@@ -281,7 +307,8 @@ def find_uses(traced: jaxprs.Traced, shapes: Sequence[tuple[int, ...]]) -> list[
     finder = _Finder()
     params = [_Arrival(View(leaf, (), shape), (), None, False) for leaf, shape in enumerate(shapes)]
     rest = [None] * (len(traced.body.invars) - len(shapes))
-    outputs = finder.visit(traced.body, [*params, *rest], Place(()))
+    # A site or a copy returns one value for each example, so whatever depends on a parameter counts as private too.
+    outputs = finder.visit(traced.body, [*params, *rest], [True] * len(traced.body.invars), Place(()))
     if outputs[0] is not None:
         finder.end(outputs[0], "it is the loss itself")
     return [_conclude(finder, leaf) for leaf in range(len(shapes))]

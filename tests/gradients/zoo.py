@@ -934,12 +934,12 @@ def straight_through_quantization(params, x):
 PUBLIC = jnp.asarray(3)
 
 
-@case({"w": normal(D, 5), "v": normal(D, 5)}, examples(T, D))
+@case({"w": normal(D, 5), "v": normal(D, 5)}, examples(T, D), "w", "v")
 def cond_on_a_public_predicate(params, x):
     return readout(lax.cond(PUBLIC > 2, lambda y: y @ params["w"], lambda y: y @ params["v"], x))
 
 
-@case({"w": normal(D, 5), "v": normal(D, 5)}, examples(T, D), "w", "v")
+@case({"w": normal(D, 5), "v": normal(D, 5)}, examples(T, D))
 def cond_on_the_example(params, x):
     return readout(lax.cond(x[0, 0] > 0, lambda y: y @ params["w"], lambda y: jnp.cos(y) @ params["v"], x))
 

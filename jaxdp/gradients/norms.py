@@ -1,0 +1,296 @@
+"""Norms and clipped sums from factors: the arithmetic that must not let an example past its clip norm (S4).
+
+The norm is to be that of the very tensor that is summed. From factors it is not: norm and sum are computed in different
+orders, and both round. Let P = ||L||_F ||R||_F, the scale at which the tokens of an example can cancel, and u the unit
+roundoff of the accumulation. A sum of n terms is off by at most n u P, so a record made of canceling tokens could have a
+norm of zero and a sum that is all rounding. `squared_norm` therefore returns an upper bound of the norm of what
+`weighted_sum` adds, by the *worst case* of both. Measured errors are no substitute: equal terms round the same way, and an
+adversary may choose them. The bound exceeds the norm by about n u sqrt(T) for T tokens that do not cancel: 1e-4 at T = 128.
+
+Chains are kept short to keep the bound close: Gram matrices are summed in blocks, and a stored gradient or an embedding is
+summed from the very rows whose norm was taken, at no charge.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxdp.gradients.factors import Factoring, Payload, accumulator
+
+NormRoute: TypeAlias = Literal["gram", "direct"]
+
+# The unit roundoff of a float32 or float64 sum; one of narrow operands may be accumulated by truncation, at twice that.
+_UNIT_ROUNDOFF = {jnp.dtype(jnp.float64): 2.0**-53, jnp.dtype(jnp.float32): 2.0**-24}
+_TRUNCATED_ROUNDOFF = 2.0**-23
+# Half a unit in the last place of a bfloat16 operand that was multiplied by its clipping factor and stored (S4c). A float16
+# one could underflow besides, so its products run in float32.
+_STORED_ROUNDOFF = {jnp.dtype(jnp.bfloat16): 2.0**-8}
+# Gram matrices of more than this are taken one example at a time.
+_GRAM_BYTES = 2**26
+
+
+def _roundoff(*arrays: jax.Array) -> float:
+    return max(_UNIT_ROUNDOFF.get(array.dtype, _TRUNCATED_ROUNDOFF) for array in arrays)
+
+
+def _product(subscripts: str, *operands: jax.Array) -> jax.Array:
+    wide = accumulator(*(operand.dtype for operand in operands))
+    if len({operand.dtype for operand in operands}) > 1:
+        operands = tuple(operand.astype(wide) for operand in operands)
+    return jnp.einsum(subscripts, *operands, precision=lax.Precision.HIGHEST, preferred_element_type=wide)
+
+
+def _square_sum(x: jax.Array) -> jax.Array:  # [B, ...] -> [B]
+    wide = x.astype(accumulator(x.dtype))
+    return jnp.sum(jnp.square(wide), axis=tuple(range(1, x.ndim)))
+
+
+def _add(arrays: Sequence[jax.Array]) -> jax.Array:
+    return sum(arrays[1:], arrays[0])
+
+
+# ---- what a norm is taken of
+
+
+def gradient_of(factoring: Factoring | None, payload: Payload) -> jax.Array:
+    """M_b `[B, H, I, J]`, in float32 or wider."""
+    if "gradient" in payload:
+        return payload["gradient"]
+    assert factoring is not None
+    left, right = payload["left"], payload["right"]
+    if factoring.has_ids:
+        rows = _rows_by_token(left, right)
+        zeros = jnp.zeros((right.shape[0], factoring.sizes[1], right.shape[-1]), rows.dtype)
+        return jax.vmap(lambda zero, ids, row: zero.at[ids].add(row))(zeros, left.astype(jnp.int32), rows)[:, None]
+    return _product("bhti,bhtj->bhij", left, right)
+
+
+def _rows_by_token(ids: jax.Array, right: jax.Array) -> jax.Array:
+    """The rows of an embedding's gradient, `[B, T, J]`: each at the first token of its id, zero at the others."""
+    same = ids[:, :, None] == ids[:, None, :]
+    first = jnp.argmax(same, axis=2) == jnp.arange(ids.shape[1])[None, :]  # no earlier token has this id
+    rows = _product("bts,bsj->btj", same.astype(right.dtype), right[:, 0])
+    return jnp.where(first[:, :, None], rows, jnp.zeros_like(rows))
+
+
+def _block(length: int, tokens: int) -> int:
+    """Terms summed in one go: short blocks make for small errors, and for more matrices, no larger than the operands."""
+    return max(math.isqrt(length), tokens, 8)
+
+
+def _chain(length: int, tokens: int) -> int:
+    block = _block(length, tokens)
+    return min(length, block + -(-length // block))
+
+
+def _gram(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x y^T `[B, H, T, S]` of x `[B, H, T, K]` and y `[B, H, S, K]`, each entry a sum of at most `_chain` terms in turn."""
+    length, tokens = x.shape[-1], max(x.shape[2], y.shape[2])
+    block = _block(length, tokens)
+    if block >= length:
+        return _product("bhtk,bhsk->bhts", x, y)
+    fill = -length % block
+
+    def blocks(z: jax.Array) -> jax.Array:
+        z = jnp.pad(z, ((0, 0), (0, 0), (0, 0), (0, fill))) if fill else z
+        return z.reshape(*z.shape[:3], -1, block)
+
+    return jnp.sum(_product("bhtnk,bhsnk->bhnts", blocks(x), blocks(y)), axis=2)
+
+
+def _inner(x: Payload, y: Payload) -> jax.Array:
+    """<M_x, M_y> for each example by Gram matrices of tokens, `[B]`."""
+    right = _gram(x["right"], y["right"])
+    ids_x, ids_y = x["left"].ndim == 2, y["left"].ndim == 2
+    if ids_x and ids_y:
+        left = (x["left"][:, None, :, None] == y["left"][:, None, None, :]).astype(right.dtype)
+    elif ids_x or ids_y:
+        ids, rows = (x["left"], y["left"]) if ids_x else (y["left"], x["left"])
+        picked = jax.vmap(lambda i, row: row[:, :, i])(ids.astype(jnp.int32), rows)  # [B, H, S, T]
+        left = (jnp.swapaxes(picked, 2, 3) if ids_x else picked).astype(right.dtype)
+    else:
+        left = _gram(x["left"], y["left"])
+    return jnp.sum(jnp.sum(left * right, axis=3), axis=(1, 2))
+
+
+def _square_by_grams(payloads: Sequence[Payload]) -> jax.Array:
+    """||sum_k M_k||^2 with its cross terms, `[B]`."""
+
+    def square(payloads: Sequence[Payload]) -> jax.Array:
+        parts = [_inner(payload, payload) for payload in payloads]
+        for k, payload in enumerate(payloads):
+            parts += [2.0 * _inner(other, payload) for other in payloads[:k]]
+        return _add(parts)
+
+    sides = [side for payload in payloads for side in payload.values() if side.ndim == 4]
+    rows, tokens = sides[0].shape[0], max(side.shape[2] for side in sides)
+    blocks = max(-(-side.shape[3] // _block(side.shape[3], tokens)) * side.shape[1] for side in sides)
+    if 4 * rows * blocks * tokens**2 <= _GRAM_BYTES:
+        return square(payloads)
+    one_by_one = jax.tree.map(lambda x: x[:, None], list(payloads))
+    return lax.map(square, one_by_one)[:, 0]
+
+
+def _gram_chain(payloads: Sequence[Payload]) -> int:
+    """The roundings behind `_square_by_grams`, one after the other: of both Gram entries, of their product, of the sums."""
+    tokens = max(payload["right"].shape[2] for payload in payloads)
+    left = max(0 if p["left"].ndim == 2 else _chain(p["left"].shape[3], tokens) for p in payloads)
+    right = _chain(payloads[0]["right"].shape[3], tokens)
+    heads, pairs = payloads[0]["right"].shape[1], len(payloads) * (len(payloads) + 1) // 2
+    return left + right + 1 + 2 * tokens + (heads - 1) + (pairs - 1)
+
+
+# ---- norms
+
+
+def squared_norm_of_layers(payload: Payload) -> jax.Array:
+    """||M_b||^2 of each slice along the leading axis of a stored gradient, `[B, L]`."""
+    return jax.vmap(_square_sum)(payload["gradient"])
+
+
+def squared_norm(factorings: Sequence[Factoring | None], payloads: Sequence[Payload], route: NormRoute) -> jax.Array:
+    """An upper bound of ||sum_k M_k||^2 for each example, `[B]`, for the uses k of one weight.
+
+    **Guarantee**: with a factor of C over the root of it, what `weighted_sum` adds has L2 norm at most C up to the rounding
+    guard of the clipping policies, whatever the operands (S4).
+
+    Args:
+        factorings: How each payload was read; None for a gradient.
+        payloads: Factors, or a gradient, of B examples.
+        route: By Gram matrices of tokens, or directly from the gradients.
+    """
+    if len(payloads) == 1 and "gradient" in payloads[0]:
+        return _square_sum(payloads[0]["gradient"])
+    pairs = [(factoring, payload) for factoring, payload in zip(factorings, payloads, strict=True) if factoring]
+    scales, lost = zip(*(_scale_and_underflow(payload) for payload in payloads), strict=True)
+    total, tokens = _add(scales), sum(payload["right"].shape[2] for payload in payloads)
+    roundoff = max(_roundoff(*payload.values()) for payload in payloads)
+    if len(pairs) == 1 and pairs[0][0].has_ids:
+        # `weighted_sum` adds these very rows.
+        return _square_sum(_rows_by_token(payloads[0]["left"], payloads[0]["right"]))
+    passes = 2 if route == "direct" else 1  # the norm of a gradient that is formed, and the sum: each rounds by itself
+    charge = passes * (tokens + 2) * roundoff + max(_stored_roundoff(payload) for payload in payloads)
+    if len(pairs) == 1 and tokens == 1:
+        norm = total if pairs[0][0].sizes[0] == 1 else _norm_of_one_token(payloads[0])
+    elif route == "direct":
+        norm = jnp.sqrt(_square_sum(_add([gradient_of(*pair) for pair in pairs])))
+    else:
+        square = _square_by_grams(payloads)
+        norm = jnp.sqrt(jnp.maximum(square, 0.0) + _gram_chain(payloads) * roundoff * jnp.square(total))
+    return jnp.square(norm + charge * total + _add(lost))
+
+
+def _stored_roundoff(payload: Payload) -> float:
+    left, right = payload["left"], payload["right"]
+    return _STORED_ROUNDOFF.get(right.dtype, 0.0) if left.dtype == right.dtype else 0.0
+
+
+def _norm_of_one_token(payload: Payload) -> jax.Array:
+    left, right = (payload[side].astype(accumulator(payload[side].dtype)) for side in ("left", "right"))
+    squares = jnp.sum(jnp.square(left), axis=(2, 3)) * jnp.sum(jnp.square(right), axis=(2, 3))
+    return jnp.sqrt(jnp.sum(squares, axis=1))
+
+
+def _scale_and_underflow(payload: Payload) -> tuple[jax.Array, jax.Array]:
+    """P = ||L||_F ||R||_F of each example, and how much of the norm squares that underflowed may hide; `[B]` each.
+
+    The norm of L^T R may be large where that of R is too small to square in float32, if L is huge: every square that may
+    have been flushed to zero is counted at the smallest normal number.
+    """
+    right = _square_sum(payload["right"])
+    tiny = float(jnp.finfo(right.dtype).tiny)
+    flushed_right = math.prod(payload["right"].shape[1:]) * tiny
+    if payload["left"].ndim == 2:  # one-hot
+        left, flushed_left = jnp.full_like(right, payload["right"].shape[2]), 0.0
+    else:
+        left = _square_sum(payload["left"]).astype(right.dtype)
+        flushed_left = math.prod(payload["left"].shape[1:]) * tiny
+    lost = jnp.sqrt(left) * math.sqrt(flushed_right) + jnp.sqrt(right) * math.sqrt(flushed_left)
+    return jnp.sqrt(left) * jnp.sqrt(right), lost
+
+
+# ---- a tied embedding and head
+
+
+def payload_of_tie(payload: Payload, ids: jax.Array) -> Payload:
+    """What the joint norm of a tied embedding and head needs of the head: nothing of the size of the logits.
+
+    With M = E + H, ||M||^2 = ||E||^2 + ||H||^2 + 2 <E, H>, and <E, H> touches only the columns of the head's left factor
+    that are ids of the embedding.
+
+    Args:
+        payload: Of the head, with the vocabulary on the left: left `[B, 1, S, V]`, right `[B, 1, S, D]`.
+        ids: Token ids of the embedding, `[B, T]` as floats.
+
+    Returns:
+        The square `[B]` of the head's norm with its rounding, its P and underflow, left at the ids `[B, S, T]`, right.
+    """
+    left, right = payload["left"], payload["right"]
+    picked = jax.vmap(lambda row, i: row[0][:, i])(left, ids.astype(jnp.int32))
+    scale, lost = _scale_and_underflow(payload)
+    rounding = _gram_chain([payload]) * _roundoff(left, right) * jnp.square(scale)
+    square = _square_by_grams([payload]) + rounding
+    return {"square": square, "scale": scale, "lost": lost, "picked": picked, "right": right}
+
+
+def squared_norm_of_tie(table: Payload, head: Payload) -> jax.Array:
+    """As `squared_norm`, of an embedding by its payload and its tied head by `payload_of_tie`."""
+    scale, lost = _scale_and_underflow(table)
+    grams = _gram(head["right"], table["right"])[:, 0]
+    cross = jnp.sum(jnp.sum(head["picked"].astype(grams.dtype) * grams, axis=2), axis=1)
+    square = _square_sum(_rows_by_token(table["left"], table["right"])) + head["square"] + 2.0 * cross
+    total = scale + head["scale"]
+    roundoff = _roundoff(head["right"], table["right"])
+    tokens = table["right"].shape[2], head["right"].shape[2]
+    chain = _chain(head["right"].shape[3], max(tokens)) + 2 * max(tokens) + 3
+    norm = jnp.sqrt(jnp.maximum(square, 0.0) + chain * roundoff * jnp.square(total))
+    return jnp.square(norm + (sum(tokens) + 2) * roundoff * total + lost + head["lost"])
+
+
+# ---- sums
+
+
+def weighted_sum(
+    factoring: Factoring | None, payload: Payload, factors: jax.Array, keep: jax.Array, *, is_joint: bool = False
+) -> jax.Array:
+    """sum_b factors_b M_b over the examples to keep, `[H, I, J]` in float32 or wider.
+
+    Args:
+        factoring: How the payload was read; None if it is a gradient.
+        payload: Factors or gradients of B examples.
+        factors: `[B]`; or `[B, L]` for a stored gradient of L layers along its leading axis.
+        keep: Bool, as `factors`; the others are zeroed before any product, since 0 * inf is NaN (S9).
+        is_joint: Whether the norm was taken of this use together with others, and so not of the rows of an embedding.
+    """
+    if "gradient" in payload:
+        gradient = payload["gradient"]
+        wide = accumulator(gradient.dtype)
+        rows = _zeroed(gradient, keep).astype(wide).reshape(*factors.shape, -1)
+        if factors.ndim == 2:
+            total = _product("bl,bln->ln", factors.astype(wide), rows)
+            return total.reshape(gradient.shape[1:])
+        total = jnp.matmul(factors.astype(wide), rows, precision=lax.Precision.HIGHEST)
+        return total.reshape(gradient.shape[1:])
+    assert factoring is not None
+    left, right = _zeroed(payload["left"], keep), _zeroed(payload["right"], keep)
+    wide = accumulator(right.dtype)
+    if factoring.has_ids:
+        rows = right[:, 0].astype(wide) if is_joint else _rows_by_token(left, right)
+        rows = rows * factors.astype(wide)[:, None, None]
+        zeros = jnp.zeros((factoring.sizes[1], rows.shape[-1]), wide)
+        return zeros.at[left.reshape(-1).astype(jnp.int32)].add(rows.reshape(-1, rows.shape[-1]))[None]
+    # The product runs in the dtype of its operands; what storing the scaled one loses was charged to the norm (S4c).
+    scaled = right.astype(wide) * factors.astype(wide)[:, None, None, None]
+    narrow = left.dtype == right.dtype and right.dtype in _STORED_ROUNDOFF
+    dtype = right.dtype if narrow else wide
+    return _product("bhti,bhtj->hij", left.astype(dtype), scaled.astype(dtype))
+
+
+def _zeroed(x: jax.Array, keep: jax.Array) -> jax.Array:
+    return jnp.where(keep.reshape(*keep.shape, *(1,) * (x.ndim - keep.ndim)), x, jnp.zeros_like(x))
