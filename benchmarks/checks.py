@@ -18,9 +18,9 @@ from benchmarks.peers.trainer import to_host
 # The definition: one gradient per example, clipped and summed.
 REFERENCE = "jaxdp, method vmap"
 
-# Float32 implementations of one sum differ by rounding, some 1e-7; jaxdp also clips a few units in the last place below the
-# clip norm, so that rounding cannot exceed it, and Opacus adds 1e-6 to every norm.
-TOLERANCE = 1e-5
+# Float32 implementations of one sum differ by rounding, some 1e-7, and Opacus adds 1e-6 to every norm. jaxdp charges the worst
+# case of rounding to a norm, so that no example can exceed the clip norm: 1e-4 of it at a hundred tokens.
+TOLERANCE = 1e-3
 
 # The check reads the update off the parameters, so a step must move them far enough for rounding not to matter.
 CHECK_LEARNING_RATE = 1024.0

@@ -155,6 +155,31 @@ CASES = {
     "loss_tuple": Case(lambda: grad(lambda p, x: (loss(p, x), x)), TypeError, "it returned (", "has_aux=True"),
     "loss_not_tuple": Case(lambda: grad(has_aux=True), TypeError, "has_aux=True", "must return (loss, aux)"),
     "loss_integer": Case(lambda: grad(lambda p, x: jnp.int32(1)), TypeError, "int32", "floating-point loss"),
+    "method_unknown": Case(
+        lambda: jaxdp.clipped_grad(lambda p, x: p, clipping=FLAT, method="fast"),
+        ValueError,
+        "'fast'",
+        "'book_keeping'",  # type: ignore[arg-type]
+    ),
+    "method_needs_per_layer_clipping": Case(
+        lambda: jaxdp.clipped_grad(lambda p, x: p, clipping=FLAT, method="per_layer"),
+        ValueError,
+        "flat clipping",
+        "jaxdp.per_layer",
+    ),
+    "stacked_matches_nothing": Case(
+        lambda: jaxdp.per_layer(1.0, stacked="layers").groups({"blocks": jnp.ones((2, 3))}),
+        ValueError,
+        "'layers'",
+        "blocks",
+    ),
+    "stacked_scalar": Case(
+        lambda: jaxdp.per_layer(1.0, stacked="scale").groups({"scale": jnp.float32(1.0)}),
+        ValueError,
+        "'scale'",
+        "axis of layers",
+    ),
+    "stacked_not_a_path": Case(lambda: jaxdp.per_layer(1.0, stacked=[3]), TypeError, "3", "'blocks'"),  # type: ignore[list-item]
     "fun_not_callable": Case(lambda: jaxdp.clipped_grad(3, clipping=FLAT), TypeError, "3", "callable as fun(params"),  # type: ignore[arg-type]
     "params_integer": Case(
         lambda: grad(params={"w": jnp.zeros(3), "table": {"ids": jnp.arange(3)}}),

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -28,15 +27,19 @@ from jaxdp._typing import Batch, LossFn, Params
 from jaxdp.clipping import ClippedSum, ClippingPolicy, Groups, LeafGroup, PerLayer, clip_and_sum, clipping_factors
 from jaxdp.gradients import jaxprs
 from jaxdp.gradients.factors import Payload, accumulator
-from jaxdp.gradients.norms import (
-    NormRoute,
-    gradient_of,
-    payload_of_tie,
-    squared_norm,
-    squared_norm_of_layers,
-    squared_norm_of_tie,
-    weighted_sum,
+from jaxdp.gradients.finishing import (
+    LeftBehind,
+    add,
+    by_layer,
+    columns_of_site,
+    is_whole_stack,
+    late_squared_norm,
+    late_sum,
+    left_behind,
+    over_loops,
+    squared_norm_of_sites,
 )
+from jaxdp.gradients.norms import NormRoute, payload_of_tie, squared_norm, squared_norm_of_tie, weighted_sum
 from jaxdp.gradients.plan import LeafPlan, Plan, Tie, make_plan
 from jaxdp.gradients.rewrite import Assignment, evaluate
 from jaxdp.gradients.sites import NOTHING, Key, Report, Site, Slot, Task, zeros_like
@@ -167,145 +170,6 @@ def _assign(plan: Plan, chosen: Sequence[tuple[Key, Sequence[Site], Task]]) -> A
     return Assignment(uses, copies, tasks, groups, members, {})
 
 
-# ---- finishing outside the backward pass
-
-
-def _merged(site: Site, payload: Payload) -> tuple[Payload, bool]:
-    """Moves the loops around a site: repeated ones become tokens, stacked ones one leading axis.
-
-    Returns:
-        The payload `[S, B, ...]`, or `[B, ...]` without stacked loops; and whether it has that axis.
-    """
-    loops = len(site.loops)
-    stacked = [axis for axis, loop in enumerate(site.loops) if loop.is_stacked]
-    repeated = [axis for axis, loop in enumerate(site.loops) if not loop.is_stacked]
-
-    def move(name: str, value: jax.Array) -> jax.Array:
-        rest = list(range(loops, value.ndim))  # B first
-        token_axis = 1 if name == "left" and value.ndim - loops == 2 else 2  # ids are [B, T]
-        order = [*stacked, *rest[:token_axis], *repeated, *rest[token_axis:]]
-        value = jnp.transpose(value, order) if order != list(range(value.ndim)) else value
-        shape = value.shape[len(stacked) :]
-        tokens_end = token_axis + len(repeated) + 1
-        if repeated:
-            shape = (*shape[:token_axis], math.prod(shape[token_axis:tokens_end]), *shape[tokens_end:])
-        return value.reshape((-1, *shape) if stacked else shape)
-
-    return {name: move(name, value) for name, value in payload.items()}, bool(stacked)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Late:
-    """What a site left behind, its loops merged; `has_axis` if the payload has an axis of stacked iterations."""
-
-    site: Site
-    payload: Payload
-    has_axis: bool
-
-    def map(self, function: Callable[..., jax.Array], *rows: jax.Array) -> jax.Array:
-        return (
-            lax.map(lambda xs: function(*xs), (self.payload, *rows)) if self.has_axis else function(self.payload, *rows)
-        )
-
-
-def _left_behind(leaf: LeafPlan, reports: Mapping[Key, Slot]) -> list[_Late]:
-    late = [_Late(site, *_merged(site, reports[site.key].report.rows)) for site in leaf.sites]
-    if leaf.kind != "joint" or leaf.norm_route == "gram":
-        return late
-
-    def gradient(payloads: Sequence[Payload]) -> jax.Array:
-        parts = [gradient_of(site.factoring, payload) for site, payload in zip(leaf.sites, payloads, strict=True)]
-        return _add(parts)
-
-    # The sum of the uses is small: formed once, the norm and the sum are of the same tensor (S4).
-    payloads, has_axis = [each.payload for each in late], late[0].has_axis
-    whole = lax.map(gradient, payloads) if has_axis else gradient(payloads)
-    return [_Late(leaf.sites[0], {"gradient": whole}, has_axis)]
-
-
-def _lengths(site: Site) -> list[int]:
-    return [loop.length for loop in site.loops if loop.is_stacked]
-
-
-def _late_squared_norm(leaf: LeafPlan, late: Sequence[_Late]) -> jax.Array:
-    """The squared norm of each example, `[B]`; of each of its layers, `[B, L]`, where these are clipped one by one."""
-
-    def norm(parts: Sequence[_Late]) -> jax.Array:
-        sites, payloads, has_axis = [part.site for part in parts], [part.payload for part in parts], parts[0].has_axis
-
-        def one(payloads: Sequence[Payload]) -> jax.Array:
-            return _squared_norm(leaf, sites, payloads)
-
-        if not has_axis:
-            return _by_layer(leaf, sites[0], one(payloads))
-        square = lax.map(one, payloads)
-        return _by_layer(leaf, sites[0], square.reshape(*_lengths(sites[0]), *square.shape[1:]))
-
-    return norm(late) if leaf.kind == "joint" else _add([norm([part]) for part in late])
-
-
-def _squared_norm(leaf: LeafPlan, sites: Sequence[Site], payloads: Sequence[Payload]) -> jax.Array:
-    if _is_whole_stack(leaf, sites[0]):
-        return squared_norm_of_layers(payloads[0])
-    return squared_norm([site.factoring for site in sites], payloads, leaf.norm_route)
-
-
-def _is_whole_stack(leaf: LeafPlan, site: Site) -> bool:
-    """Whether a site holds all layers of a leaf that are clipped one by one."""
-    return isinstance(leaf.group, tuple) and not site.scans_layers and site.layer is None
-
-
-def _by_layer(leaf: LeafPlan, site: Site, square: jax.Array) -> jax.Array:
-    """`[*stacked, B]`, or `[B, L]` for a whole stack, to `[B]`, or to `[B, L]` if the layers are clipped one by one."""
-    if not isinstance(leaf.group, tuple):
-        return jnp.sum(square, axis=tuple(range(square.ndim - 1)))
-    if _is_whole_stack(leaf, site):
-        return square
-    if site.scans_layers:
-        return jnp.sum(square, axis=tuple(range(1, square.ndim - 1))).T
-    square = jnp.sum(square, axis=tuple(range(square.ndim - 1)))
-    return jnp.zeros((len(square), len(leaf.group)), square.dtype).at[:, site.layer].set(square)
-
-
-def _of_site(leaf: LeafPlan, site: Site, values: jax.Array) -> jax.Array:
-    """The columns of `[B, K]` that concern a site: `[B]`, `[layers, B]` if it scans the layers, `[B, L]` for a whole stack."""
-    if not isinstance(leaf.group, tuple):
-        return values[:, leaf.group]
-    if site.layer is not None:
-        return values[:, leaf.group[site.layer]]
-    columns = values[:, jnp.asarray(leaf.group)]
-    return columns.T if site.scans_layers else columns
-
-
-def _late_sum(leaf: LeafPlan, late: Sequence[_Late], factors: jax.Array, keep: jax.Array) -> jax.Array:
-    def total(part: _Late) -> jax.Array:
-        site, lengths = part.site, _lengths(part.site)
-        rows = [_of_site(leaf, site, factors), _of_site(leaf, site, keep)]
-        if part.has_axis:
-            rows = [_over_loops(row, lengths).reshape(-1, row.shape[-1]) for row in rows]
-
-        def one(payload: Payload, factors: jax.Array, keep: jax.Array) -> jax.Array:
-            return weighted_sum(site.factoring, payload, factors, keep, is_joint=leaf.kind == "joint")
-
-        sums = part.map(one, *rows)
-        return site.to_leaf(sums.reshape(*lengths, *site.total_shape) if part.has_axis else sums)
-
-    return _add([total(part) for part in late])
-
-
-def _over_loops(row: jax.Array, lengths: Sequence[int]) -> jax.Array:
-    """`[B]` or `[layers, B]`, repeated to `[*lengths, B]`."""
-    row = row.reshape(*row.shape[:-1], *(1,) * (len(lengths) + 1 - row.ndim), row.shape[-1])
-    return jnp.broadcast_to(row, (*lengths, row.shape[-1]))
-
-
-def _add(arrays: Sequence[jax.Array]) -> jax.Array:
-    total = arrays[0]
-    for array in arrays[1:]:
-        total = total + array
-    return total
-
-
 def _norms(problem: Problem, squares: Mapping[int, jax.Array]) -> jax.Array:
     """`[B, K]` from the squared norms of each leaf."""
     dtype = accumulator(*(leaf.dtype for leaf in jax.tree.leaves(problem.params)))
@@ -315,7 +179,7 @@ def _norms(problem: Problem, squares: Mapping[int, jax.Array]) -> jax.Array:
         columns = [(group, square)] if isinstance(group, int) else list(zip(group, square.T, strict=True))
         for index, column in columns:
             parts[index].append(column.astype(dtype))
-    return jnp.sqrt(jnp.stack([_add(part) for part in parts], axis=1))
+    return jnp.sqrt(jnp.stack([add(part) for part in parts], axis=1))
 
 
 def _zero(problem: Problem, leaf: int) -> jax.Array:
@@ -380,7 +244,7 @@ def by_two_passes(problem: Problem) -> Clipped:
                 slots[site.key] = _payload_slot(site, problem.size)
                 first.append((site.key, [site], _report_payload(site.key)))
             else:
-                shape = (leaf.shape[0],) if _is_whole_stack(leaf, site) else ()
+                shape = (leaf.shape[0],) if is_whole_stack(leaf, site) else ()
                 square = _rows(site, problem.size, shape, _total_dtype(site))
                 slots[site.key] = Slot(Report(square, None), NOTHING)
                 first.append((site.key, [site], _report_norm(site, leaf)))
@@ -389,17 +253,17 @@ def by_two_passes(problem: Problem) -> Clipped:
     loss, pull, rest = jax.vjp(lambda slots: problem.losses(assignment, slots), slots, has_aux=True)
     (reports,) = pull(jnp.ones_like(loss))
     squares: dict[int, jax.Array] = {}
-    late: dict[int, list[_Late]] = {}
+    late: dict[int, list[LeftBehind]] = {}
     for leaf in plan.leaves:
         if leaf.tie is not None:
             table, head = (reports[site.key].report.rows for site in (leaf.tie.table, leaf.tie.head))
             squares[leaf.index] = squared_norm_of_tie(table, head)
         elif leaf.kind == "joint":
-            late[leaf.index] = _left_behind(leaf, reports)
-            squares[leaf.index] = _late_squared_norm(leaf, late[leaf.index])
+            late[leaf.index] = left_behind(leaf, reports)
+            squares[leaf.index] = late_squared_norm(leaf, late[leaf.index])
         elif leaf.sites:
-            parts = [_by_layer(leaf, site, reports[site.key].report.rows) for site in leaf.sites]
-            squares[leaf.index] = _add(parts)
+            parts = [by_layer(leaf, site, reports[site.key].report.rows) for site in leaf.sites]
+            squares[leaf.index] = add(parts)
     # Kept until the factors are known: what cannot be clipped once more, and small gradients.
     kept = {
         index
@@ -416,11 +280,11 @@ def by_two_passes(problem: Problem) -> Clipped:
                     continue
                 lengths = [loop.length for loop in site.loops]
                 rows = {
-                    "factors": _of_site(leaf, site, factors),
-                    "keep": _of_site(leaf, site, keep.astype(factors.dtype)),
+                    "factors": columns_of_site(leaf, site, factors),
+                    "keep": columns_of_site(leaf, site, keep.astype(factors.dtype)),
                 }
-                if not _is_whole_stack(leaf, site):
-                    rows = {name: _over_loops(row, lengths) for name, row in rows.items()}
+                if not is_whole_stack(leaf, site):
+                    rows = {name: over_loops(row, lengths) for name, row in rows.items()}
                 if site.narrow:
                     rows["square"] = reports[site.key].report.rows
                 total = _totals(site, site.total_shape, _total_dtype(site))
@@ -436,9 +300,9 @@ def by_two_passes(problem: Problem) -> Clipped:
         value = []
         for leaf in plan.leaves:
             if leaf.index in kept:
-                value.append(_late_sum(leaf, late[leaf.index], factors, keep))
+                value.append(late_sum(leaf, late[leaf.index], factors, keep))
             elif leaf.sites:
-                value.append(_add([site.to_leaf(sums[site.key].report.totals) for site in leaf.sites]))
+                value.append(add([site.to_leaf(sums[site.key].report.totals) for site in leaf.sites]))
             else:
                 value.append(_zero(problem, leaf.index))
         return jax.tree.unflatten(jax.tree.structure(problem.params), value)
@@ -459,7 +323,7 @@ def _report_tie(site: Site) -> Task:
 def _report_norm(site: Site, leaf: LeafPlan) -> Task:
     def task(payloads: Mapping[Key, Payload], given: Report) -> Report:
         del given
-        return Report(_squared_norm(leaf, [site], [payloads[site.key]]).astype(_total_dtype(site)), None)
+        return Report(squared_norm_of_sites(leaf, [site], [payloads[site.key]]).astype(_total_dtype(site)), None)
 
     return task
 
@@ -469,7 +333,7 @@ def _report_sum(site: Site, leaf: LeafPlan) -> Task:
         rows, payload = given.rows, payloads[site.key]
         factors, keep = rows["factors"], rows["keep"].astype(bool)
         if "square" in rows:
-            now = _squared_norm(leaf, [site], [payload])
+            now = squared_norm_of_sites(leaf, [site], [payload])
             keep = keep & jnp.isfinite(now)
             factors = factors * jnp.sqrt(jnp.where(now > rows["square"], rows["square"] / now, 1.0))
         total = weighted_sum(site.factoring, payload, factors, keep, is_joint=leaf.kind == "joint")
@@ -495,7 +359,7 @@ def by_one_pass(problem: Problem, *, finish_groups: bool) -> Clipped:
         sums = {f"{site.leaf}": _totals(site, site.total_shape, _total_dtype(site)) for site in sites}
         dtype = accumulator(*(total.dtype for total in sums.values()))
         norm = _rows(sites[0], problem.size, (), dtype)
-        counts = _over_loops(~problem.is_padding, [loop.length for loop in sites[0].loops])
+        counts = over_loops(~problem.is_padding, [loop.length for loop in sites[0].loops])
         slots[key] = Slot(Report(norm, sums), Report(counts, problem.clip_norms[jnp.asarray(group)]))
         chosen.append((key, sites, _clip_group(problem, sites)))
     for leaf in plan.leaves:
@@ -510,9 +374,9 @@ def by_one_pass(problem: Problem, *, finish_groups: bool) -> Clipped:
     (reports,) = pull(seeds)
 
     late = {
-        leaf.index: _left_behind(leaf, reports) for leaf in plan.leaves if leaf.sites and leaf.index not in early_leaves
+        leaf.index: left_behind(leaf, reports) for leaf in plan.leaves if leaf.sites and leaf.index not in early_leaves
     }
-    squares = {index: _late_squared_norm(plan.leaves[index], parts) for index, parts in late.items()}
+    squares = {index: late_squared_norm(plan.leaves[index], parts) for index, parts in late.items()}
     norms = _norms(problem, squares)
     for group, key in keys.items():
         norms = norms.at[:, jnp.asarray(group)].set(reports[key].report.rows.T.astype(norms.dtype))
@@ -524,7 +388,7 @@ def by_one_pass(problem: Problem, *, finish_groups: bool) -> Clipped:
                 (site,) = leaf.sites
                 value.append(site.to_leaf(reports[keys[leaf.group]].report.totals[f"{leaf.index}"]))
             elif leaf.sites:
-                value.append(_late_sum(leaf, late[leaf.index], factors, keep))
+                value.append(late_sum(leaf, late[leaf.index], factors, keep))
             else:
                 value.append(_zero(problem, leaf.index))
         return jax.tree.unflatten(jax.tree.structure(problem.params), value)
@@ -540,7 +404,7 @@ def _clip_group(problem: Problem, sites: Sequence[Site]) -> Task:
         squares = [
             squared_norm([site.factoring], [payloads[site.key]], routes[site.leaf]).astype(dtype) for site in sites
         ]
-        norm = jnp.sqrt(_add(squares))
+        norm = jnp.sqrt(add(squares))
         keep = given.rows.astype(bool) & jnp.isfinite(norm)  # S9
         bound = given.totals.astype(dtype)
         factors = jnp.where(keep, problem.policy.factors(norm[:, None], bound[None, None])[:, 0], 0.0)

