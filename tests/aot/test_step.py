@@ -42,7 +42,7 @@ def test_the_definition_holds_one_gradient_per_example_and_the_others_do_not():
         return jnp.sum(jnp.square(jnp.tanh(example @ params)))
 
     def compiled(method):
-        grad_fn = jaxdp.clipped_grad(loss, clipping=jaxdp.flat(1.0), method=method)
+        grad_fn = jaxdp.clipped_grad(loss, clipping=jaxdp.per_layer(1.0), method=method)
         return h200.compile_for_h200(
             lambda params, batch: grad_fn(params, batch)[0],
             jax.ShapeDtypeStruct((WIDTH, OUT), jnp.float32),
@@ -50,8 +50,9 @@ def test_the_definition_holds_one_gradient_per_example_and_the_others_do_not():
         )
 
     per_example = 4 * BATCH * WIDTH * OUT
-    assert compiled("vmap").temp_bytes >= per_example
-    assert compiled("two_pass").temp_bytes < per_example
+    definition = compiled("vmap").temp_bytes
+    assert definition >= per_example
+    assert compiled("per_layer").temp_bytes < definition
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,8 @@ def gpt2_medium_bytes():
         "per_layer": private(jaxdp.per_layer(1.0, stacked="blocks*")),
         "two_pass": private(jaxdp.flat(1.0)),  # the choice for a function that rematerializes
     }
-    return {name: h200.compile_for_h200(step, params, batch).temp_bytes for name, step in steps.items()}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return {name: h200.compile_for_h200(step, params, batch).temp_bytes for name, step in steps.items()}
 
 
 @pytest.mark.slow
