@@ -171,7 +171,7 @@ MUTATIONS = {
         "jaxdp/gradients/norms.py",
         "+ _gram_chain(payloads) * roundoff * jnp.square(total))",
         "+ 0.0 * jnp.square(total))",
-        f"{NORMS} long_tokens",
+        f"{NORMS} rounding_may_hide",
     ),
     "sum_rounding_not_charged": Mutation(
         "jaxdp/gradients/norms.py", "charge = passes * (tokens + 2) * roundoff", "charge = 0.0 * roundoff", f"{NORMS} adds_more"

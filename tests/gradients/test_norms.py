@@ -142,6 +142,15 @@ def test_two_long_tokens_that_nearly_cancel_stay_within_the_clip_norm(width, out
     assert np.linalg.norm(np.float64(total)) <= 0.01 * (1 + 1e-6)
 
 
+def test_the_gram_norm_of_tokens_that_cancel_is_what_rounding_may_hide():
+    """S4(d): each of the 2 T sums behind it may be off by half a unit, so no less than that may be charged."""
+    left = jnp.ones((B, 1, T, I))
+    right = jnp.where(jnp.arange(T) % 2 == 0, 1.0, -1.0)[None, None, :, None] * jnp.ones((B, 1, T, J))
+    square = norms.squared_norm([dense()], [{"left": left, "right": right}], "gram")
+    scale = np.sqrt(T * I) * np.sqrt(T * J)
+    assert np.all(square >= 2 * T * 2.0**-24 * scale**2)
+
+
 @pytest.mark.parametrize("route", ["gram", "direct"])
 def test_uses_of_one_weight_are_one_matrix_with_more_tokens(route):
     """The cross terms: two uses that agree have twice the norm, two that oppose have none."""
