@@ -94,11 +94,11 @@ def explain(plan: Plan, method: str, groups: Groups, rows: int) -> Explanation:
     if method == "per_layer":
         early = {site.leaf for sites in plan.early_groups().values() for site in sites}
     return Explanation(
-        method, rows, tuple(_explain_leaf(leaf, method, groups, leaf.index in early) for leaf in plan.leaves)
+        method, rows, tuple(_explain_leaf(plan, leaf, method, groups, leaf.index in early) for leaf in plan.leaves)
     )
 
 
-def _explain_leaf(leaf: LeafPlan, method: str, groups: Groups, is_early: bool) -> LeafExplanation:
+def _explain_leaf(plan: Plan, leaf: LeafPlan, method: str, groups: Groups, is_early: bool) -> LeafExplanation:
     if not leaf.sites:
         norm = ""
     elif all("gradient" in site.payload for site in leaf.sites):
@@ -109,7 +109,7 @@ def _explain_leaf(leaf: LeafPlan, method: str, groups: Groups, is_early: bool) -
     group = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
     finishes = "backward" if is_early or (method == "two_pass" and leaf.kind != "joint") else "after"
     kept = 0 if finishes == "backward" else leaf.cost.kept_bytes
-    passes = 2 if method == "two_pass" and leaf.kind != "joint" and any(site.narrow for site in leaf.sites) else 1
+    passes = 2 if method == "two_pass" and leaf.kind != "joint" and plan.is_narrow else 1
     return LeafExplanation(
         leaf.path,
         leaf.shape,

@@ -18,6 +18,7 @@ from jaxdp.gradients.factors import Payload
 from jaxdp.gradients.norms import gradient_of, squared_norm, squared_norm_of_layers, weighted_sum
 from jaxdp.gradients.plan import LeafPlan
 from jaxdp.gradients.sites import Key, Site, Slot
+from jaxdp.gradients.uses import Loop
 
 
 def add(arrays: Sequence[jax.Array]) -> jax.Array:
@@ -136,7 +137,8 @@ def late_sum(leaf: LeafPlan, late: Sequence[LeftBehind], factors: jax.Array, kee
         site, lengths = part.site, _lengths(part.site)
         rows = [columns_of_site(leaf, site, factors), columns_of_site(leaf, site, keep)]
         if part.has_axis:
-            rows = [over_loops(row, lengths).reshape(-1, row.shape[-1]) for row in rows]
+            stacked = [loop for loop in site.loops if loop.is_stacked]
+            rows = [over_loops(row, stacked).reshape(-1, row.shape[-1]) for row in rows]
 
         def one(payload: Payload, factors: jax.Array, keep: jax.Array) -> jax.Array:
             return weighted_sum(site.factoring, payload, factors, keep, is_joint=leaf.kind == "joint")
@@ -147,7 +149,10 @@ def late_sum(leaf: LeafPlan, late: Sequence[LeftBehind], factors: jax.Array, kee
     return add([total(part) for part in late])
 
 
-def over_loops(row: jax.Array, lengths: Sequence[int]) -> jax.Array:
-    """`[B]` or `[layers, B]`, repeated to `[*lengths, B]`."""
-    row = row.reshape(*row.shape[:-1], *(1,) * (len(lengths) + 1 - row.ndim), row.shape[-1])
-    return jnp.broadcast_to(row, (*lengths, row.shape[-1]))
+def over_loops(row: jax.Array, loops: Sequence[Loop]) -> jax.Array:
+    """`[B]`, or `[layers, B]` for the outermost stacked loop, repeated to `[*loops, B]`."""
+    shape = [1] * len(loops)
+    if row.ndim == 2:
+        shape[[loop.is_stacked for loop in loops].index(True)] = row.shape[0]
+    row = row.reshape(*shape, row.shape[-1])
+    return jnp.broadcast_to(row, (*(loop.length for loop in loops), row.shape[-1]))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import tree_util
 from jax.extend import core as jex
 
@@ -130,6 +131,19 @@ def contains(body: Body, primitive: str) -> bool:
     """Whether a body, or any jaxpr inside it, has an equation of a primitive."""
     return any(
         eqn.primitive.name == primitive or any(contains(inner, primitive) for inner in _all_bodies(eqn))
+        for eqn in body.equations
+    )
+
+
+def has_narrow_floats(body: Body) -> bool:
+    """Whether a body, or any jaxpr inside it, holds a floating-point value narrower than float32."""
+
+    def is_narrow(atom: Any) -> bool:
+        dtype = getattr(atom.aval, "dtype", None)
+        return dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
+
+    return any(map(is_narrow, body.invars)) or any(
+        any(map(is_narrow, (*eqn.invars, *eqn.outvars))) or any(map(has_narrow_floats, _all_bodies(eqn)))
         for eqn in body.equations
     )
 

@@ -228,7 +228,7 @@ def by_two_passes(problem: Problem) -> Clipped:
     """Norms in a first backward pass, weighted sums in a second: nothing of the size of the factors is kept.
 
     The second pass differentiates the same loss again, not one scaled by the factors: scaling before the backward pass would
-    round differently from the pass whose norms were taken (S4). Where operands are narrower than float32 each site clips
+    round differently from the pass whose norms were taken (S4). Where anything is narrower than float32 each site clips
     once more to the norm that the first pass found for it, since two compiled passes may round differently; uses with a
     joint norm then keep their factors.
     """
@@ -265,11 +265,7 @@ def by_two_passes(problem: Problem) -> Clipped:
             parts = [by_layer(leaf, site, reports[site.key].report.rows) for site in leaf.sites]
             squares[leaf.index] = add(parts)
     # Kept until the factors are known: what cannot be clipped once more, and small gradients.
-    kept = {
-        index
-        for index in late
-        if plan.leaves[index].norm_route == "direct" or any(site.narrow for site in plan.leaves[index].sites)
-    }
+    kept = {index for index in late if plan.leaves[index].norm_route == "direct" or plan.is_narrow}
 
     def totals(factors: jax.Array, keep: jax.Array) -> Any:
         second: list[tuple[Key, Sequence[Site], Any]] = []
@@ -278,14 +274,13 @@ def by_two_passes(problem: Problem) -> Clipped:
             for site in leaf.sites:
                 if leaf.index in kept:
                     continue
-                lengths = [loop.length for loop in site.loops]
                 rows = {
                     "factors": columns_of_site(leaf, site, factors),
                     "keep": columns_of_site(leaf, site, keep.astype(factors.dtype)),
                 }
                 if not is_whole_stack(leaf, site):
-                    rows = {name: over_loops(row, lengths) for name, row in rows.items()}
-                if site.narrow:
+                    rows = {name: over_loops(row, site.loops) for name, row in rows.items()}
+                if plan.is_narrow:
                     rows["square"] = reports[site.key].report.rows
                 total = _totals(site, site.total_shape, _total_dtype(site))
                 slots[site.key] = Slot(Report(None, total), Report(rows, None))
@@ -359,7 +354,7 @@ def by_one_pass(problem: Problem, *, finish_groups: bool) -> Clipped:
         sums = {f"{site.leaf}": _totals(site, site.total_shape, _total_dtype(site)) for site in sites}
         dtype = accumulator(*(total.dtype for total in sums.values()))
         norm = _rows(sites[0], problem.size, (), dtype)
-        counts = over_loops(~problem.is_padding, [loop.length for loop in sites[0].loops])
+        counts = over_loops(~problem.is_padding, sites[0].loops)
         slots[key] = Slot(Report(norm, sums), Report(counts, problem.clip_norms[jnp.asarray(group)]))
         chosen.append((key, sites, _clip_group(problem, sites)))
     for leaf in plan.leaves:

@@ -7,7 +7,6 @@ form the per-example gradients (spill) or to keep the factors; shapes decide, by
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 from jaxdp import _validate
@@ -41,8 +40,7 @@ class Tie:
         if table.factoring is None or head.factoring is None or table.scope != head.scope:
             return None
         fits = table.factoring.has_ids and not head.factoring.has_ids and not (table.loops or head.loops)
-        narrow = table.narrow or head.narrow
-        return Tie(table, head) if fits and not narrow and head.factoring.sizes[0] == 1 else None
+        return Tie(table, head) if fits and head.factoring.sizes[0] == 1 else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +57,7 @@ class LeafPlan:
         sites: Where its gradient is reported; empty if it has none.
         norm_route: How the norm is taken from factors.
         cost: What it costs for the rows of one microbatch, beyond the non-private step.
+        tie: If it is an embedding tied to a head, the two sites.
     """
 
     index: int
@@ -71,9 +70,7 @@ class LeafPlan:
     norm_route: NormRoute
     cost: Cost
 
-    @functools.cached_property
-    def tie(self) -> Tie | None:
-        return Tie.of(self.sites) if self.kind == "joint" and self.norm_route == "gram" else None
+    tie: Tie | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +80,13 @@ class Plan:
     Attributes:
         traced: The function.
         leaves: One entry for each leaf.
+        is_narrow: Whether it computes with anything narrower than float32 anywhere: two compilations may then round
+            differently, also where a site itself sees float32.
     """
 
     traced: jaxprs.Traced
     leaves: tuple[LeafPlan, ...]
+    is_narrow: bool
 
     @property
     def rematerializes(self) -> bool:
@@ -136,6 +136,7 @@ def make_plan(fun: LossFn, params: Params, example: Example, groups: Groups, *, 
     traced = jaxprs.trace(fun, params, example)
     named = _validate.named_leaves(params)
     uses = find_uses(traced, [tuple(leaf.shape) for _, leaf in named])
+    is_narrow = jaxprs.has_narrow_floats(traced.body)
     leaves = []
     for index, ((path, leaf), found) in enumerate(zip(named, uses, strict=True)):
         sites: tuple[Site, ...] = ()
@@ -152,5 +153,6 @@ def make_plan(fun: LossFn, params: Params, example: Example, groups: Groups, *, 
             kind, reason = "copy", f"its layers are not used one by one: {reason}"
             sites = (site_of_leaf(index, traced.body.invars[index]),)
         cost = cost_of(sites, route, rows)
-        leaves.append(LeafPlan(index, path, tuple(leaf.shape), group, kind, reason, sites, route, cost))
-    return Plan(traced, tuple(leaves))
+        tie = Tie.of(sites) if kind == "joint" and route == "gram" and not is_narrow else None
+        leaves.append(LeafPlan(index, path, tuple(leaf.shape), group, kind, reason, sites, route, cost, tie))
+    return Plan(traced, tuple(leaves), is_narrow)

@@ -123,11 +123,6 @@ class Site:
         return sum(loop.is_stacked for loop in self.loops)
 
     @property
-    def narrow(self) -> bool:
-        """Whether its operands are narrower than float32, so that two compilations may round them differently."""
-        return any(shape.dtype.itemsize < 4 for shape in self.payload.values())
-
-    @property
     def total_shape(self) -> tuple[int, ...]:
         """Shape of its sum over the examples."""
         return self.factoring.sizes if self.factoring is not None else self.view.shape
