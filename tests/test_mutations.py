@@ -78,14 +78,14 @@ MUTATIONS = {
     ),
     "non_finite_example_multiplied_by_zero": Mutation(
         "jaxdp/clipping/aggregation.py",
-        "rows = jnp.where(keep[:, layers, None], rows, 0.0)",
-        "rows = rows * 1.0",
+        "values = jnp.where(keep[..., None], values, 0.0)",
+        "values = values * 1.0",
         f"{GRADIENTS} non_finite and vmap",
     ),
     "norm_in_the_leaf_dtype": Mutation(
         "jaxdp/clipping/aggregation.py",
-        "wide = leaf.astype(_accumulator(leaf.dtype))",
-        "wide = leaf",
+        "wide = rows.astype(accumulator(rows.dtype))",
+        "wide = rows",
         f"{GRADIENTS} float16",
     ),
     "replace_one_not_doubled": Mutation(
@@ -181,8 +181,8 @@ MUTATIONS = {
     ),
     "underflow_not_charged": Mutation(
         "jaxdp/gradients/norms.py",
-        "charge * total + _add(lost))",
-        "charge * total + 0.0 * _add(lost))",
+        "charge * total + add(lost))",
+        "charge * total + 0.0 * add(lost))",
         f"{NORMS} adds_more",
     ),
     "factors_of_a_bad_example_multiplied": Mutation(
@@ -193,7 +193,7 @@ MUTATIONS = {
     ),
     "convolutions_share_a_kernel_gradient": Mutation(
         "jaxdp/gradients/methods.py",
-        'one_by_one = jaxprs.contains(problem.plan.traced.body, "conv_general_dilated")',
+        'one_by_one = jaxprs.contains(problem.traced.body, "conv_general_dilated")',
         "one_by_one = False",
         f"{ZOO} convolution_grouped and vmap",
     ),

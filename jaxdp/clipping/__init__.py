@@ -2,8 +2,12 @@
 
 from jaxdp.clipping.aggregation import (
     ClippedSum as ClippedSum,
+    accumulator as accumulator,
     clip_and_sum as clip_and_sum,
     clipping_factors as clipping_factors,
+    round_first as round_first,
+    squared_norms as squared_norms,
+    sum_rows as sum_rows,
 )
 from jaxdp.clipping.policies import (
     Automatic as Automatic,

@@ -28,14 +28,45 @@ class ClippedSum:
     centered_count: jax.Array
 
 
-def _accumulator(dtype: Any) -> Any:
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+def accumulator(*dtypes: Any) -> Any:
+    """The dtype in which values of these dtypes are squared and summed: float32, or float64 if one of them is."""
+    return jnp.float64 if any(dtype == jnp.float64 for dtype in dtypes) else jnp.float32
 
 
-def _round_first(leaf: jax.Array) -> jax.Array:
-    # S4(a): XLA may carry a bfloat16 or float16 value at excess precision into one consumer and rounded into another. The
-    # barrier makes the norm and the sum read the same stored tensor.
-    return lax.optimization_barrier(leaf) if leaf.dtype.itemsize < 4 else leaf
+def round_first(*arrays: jax.Array) -> list[jax.Array]:
+    """The arrays as they are stored, so that the norm and the sum read the same numbers (S4a).
+
+    XLA may carry a bfloat16 or float16 value at excess precision into one consumer and rounded into another.
+    """
+    is_narrow = any(array.dtype.itemsize < 4 for array in arrays)
+    return list(lax.optimization_barrier(arrays) if is_narrow else arrays)
+
+
+def squared_norms(rows: jax.Array, *, by_layer: bool = False) -> jax.Array:
+    """||g_i||^2 of the rows of `[B, *shape]`, `[B]`; of each slice along the first axis of `shape`, `[B, L]`."""
+    wide = rows.astype(accumulator(rows.dtype))
+    return jnp.sum(jnp.square(wide), axis=tuple(range(2 if by_layer else 1, rows.ndim)))
+
+
+def sum_rows(rows: jax.Array, factors: jax.Array, keep: jax.Array) -> jax.Array:
+    """sum_i c_i g_i over the rows of `[B, *shape]` to keep.
+
+    Args:
+        rows: `[B, *shape]`.
+        factors: c, `[B]`; or `[B, L]`, a factor for each slice along the first axis of `shape`.
+        keep: Bool, as `factors`.
+    """
+    dtype = accumulator(rows.dtype)
+    values = rows.astype(dtype).reshape(*factors.shape, -1)
+    values = jnp.where(keep[..., None], values, 0.0)  # S9: zero before the product, since 0 * inf is NaN
+    factors = factors.astype(dtype)
+    if factors.ndim == 1 or factors.shape[1] == 1:  # the matrix product that XLA does best
+        total = jnp.matmul(
+            factors.reshape(-1), values.reshape(len(values), -1), precision=lax.Precision.HIGHEST
+        )  # S4(a)
+    else:
+        total = jnp.einsum("bl,bln->ln", factors, values, precision=lax.Precision.HIGHEST)
+    return total.reshape(rows.shape[1:])
 
 
 def per_example_norms(per_example: Any, groups: Groups) -> jax.Array:
@@ -47,13 +78,12 @@ def per_example_norms(per_example: Any, groups: Groups) -> jax.Array:
     """
     squares: list[list[jax.Array]] = [[] for _ in groups.names]
     for leaf, group in zip(jax.tree.leaves(per_example), groups.leaf_groups, strict=True):
-        wide = leaf.astype(_accumulator(leaf.dtype))
         if isinstance(group, tuple):
-            parts = jnp.sum(jnp.square(wide), axis=tuple(range(2, leaf.ndim)))  # [B, layers]
+            parts = squared_norms(leaf, by_layer=True)
             for layer, index in enumerate(group):
                 squares[index].append(parts[:, layer])
         else:
-            squares[group].append(jnp.sum(jnp.square(wide), axis=tuple(range(1, leaf.ndim))))
+            squares[group].append(squared_norms(leaf))
     widest = max((part.dtype for parts in squares for part in parts), key=lambda dtype: dtype.itemsize)
     return jnp.sqrt(jnp.stack([sum(part.astype(widest) for part in parts) for parts in squares], axis=1))
 
@@ -109,21 +139,13 @@ def clip_and_sum(
         The clipped sum, the per-example norms `[B, K]`, and keep, bool `[B, K]`: who was summed where. The last two are
         private.
     """
-    per_example = jax.tree.map(_round_first, per_example)
+    per_example = jax.tree.map(lambda leaf: round_first(leaf)[0], per_example)
     norms = per_example_norms(per_example, groups)
     factors, keep, centered_count = clipping_factors(norms, policy, clip_norms, counts=counts)
 
     def weighted_sum(leaf: jax.Array, group: LeafGroup) -> jax.Array:
-        dtype = _accumulator(leaf.dtype)
-        layers = np.atleast_1d(np.asarray(group))  # [L], one for a leaf that is not stacked
-        rows = leaf.reshape(leaf.shape[0], len(layers), -1).astype(dtype)
-        rows = jnp.where(keep[:, layers, None], rows, 0.0)  # S9: zero before the product, since 0 * inf is NaN
-        weights = factors[:, layers].astype(dtype)
-        if len(layers) == 1:  # the matrix product that XLA does best
-            total = jnp.matmul(weights[:, 0], rows[:, 0], precision=lax.Precision.HIGHEST)  # S4(a)
-        else:
-            total = jnp.einsum("bl,bln->ln", weights, rows, precision=lax.Precision.HIGHEST)
-        return total.reshape(leaf.shape[1:])
+        columns = np.asarray(group)  # of the leaf, or of each of its layers
+        return sum_rows(leaf, factors[:, columns], keep[:, columns])
 
     leaves, treedef = jax.tree.flatten(per_example)
     value = treedef.unflatten([weighted_sum(*pair) for pair in zip(leaves, groups.leaf_groups, strict=True)])

@@ -13,6 +13,7 @@ from dp_accounting import NeighboringRelation
 from jaxdp import _validate
 from jaxdp._typing import Batch, LossFn, Params
 from jaxdp.clipping import ClippedSum, ClippingPolicy, check_policy
+from jaxdp.gradients import jaxprs
 from jaxdp.gradients.explanation import Explanation, explain
 from jaxdp.gradients.methods import Method, Problem, check_method, choose_method, run_method
 from jaxdp.gradients.microbatches import scan_microbatches
@@ -132,7 +133,7 @@ class ClippedGrad:
         self._check_fun(params, batch)
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), example)
         groups = self.clipping.groups(params)
-        plan = make_plan(self.fun, params, shapes, groups, rows=rows)
+        plan = make_plan(jaxprs.trace(self.fun, params, shapes), params, groups, rows=rows)
         return explain(plan, choose_method(self.method, self.clipping, plan), groups, rows)
 
     def _check_fun(self, params: Params, batch: Batch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 
@@ -43,7 +43,7 @@ class Rates:
 _RATES = {"cpu": Rates(60e9, 12e9), "gpu": Rates(790e12, 4.3e12)}
 
 
-def norm_route(uses: Sequence[tuple[Factoring, tuple[Loop, ...]]], rows: int, dtype: Any) -> tuple[NormRoute, bool]:
+def norm_route(uses: Sequence[tuple[Factoring, tuple[Loop, ...]]], rows: int) -> tuple[NormRoute, bool]:
     """Gram or direct, and whether to keep the per-example gradients for the sum (spill).
 
     Several uses of one weight are summed into one stored gradient where it is small, and take Gram matrices elsewhere.

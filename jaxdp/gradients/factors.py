@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +29,6 @@ from jaxdp.gradients import jaxprs
 Payload: TypeAlias = dict[str, jax.Array]
 # Ids travel as float32 numbers, which are exact up to here: a cotangent cannot be an integer.
 _LARGEST_VOCABULARY = 2**24
-
-
-def accumulator(*dtypes: Any) -> Any:
-    return jnp.float64 if any(dtype == jnp.float64 for dtype in dtypes) else jnp.float32
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,15 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxdp.clipping import squared_norms
 from jaxdp.gradients.factors import Payload
-from jaxdp.gradients.norms import gradient_of, squared_norm, squared_norm_of_layers, weighted_sum
+from jaxdp.gradients.norms import add, gradient_of, squared_norm, weighted_sum
 from jaxdp.gradients.plan import LeafPlan
 from jaxdp.gradients.sites import Key, Site, Slot
 from jaxdp.gradients.uses import Loop
-
-
-def add(arrays: Sequence[jax.Array]) -> jax.Array:
-    return sum(arrays[1:], arrays[0])
 
 
 def _merged(site: Site, payload: Payload) -> tuple[Payload, bool]:
@@ -78,10 +75,6 @@ def left_behind(leaf: LeafPlan, reports: Mapping[Key, Slot]) -> list[LeftBehind]
     return [LeftBehind(leaf.sites[0], {"gradient": whole}, has_axis)]
 
 
-def _lengths(site: Site) -> list[int]:
-    return [loop.length for loop in site.loops if loop.is_stacked]
-
-
 def late_squared_norm(leaf: LeafPlan, late: Sequence[LeftBehind]) -> jax.Array:
     """The squared norm of each example, `[B]`; of each of its layers, `[B, L]`, where these are clipped one by one."""
 
@@ -94,14 +87,14 @@ def late_squared_norm(leaf: LeafPlan, late: Sequence[LeftBehind]) -> jax.Array:
         if not has_axis:
             return by_layer(leaf, sites[0], one(payloads))
         square = lax.map(one, payloads)
-        return by_layer(leaf, sites[0], square.reshape(*_lengths(sites[0]), *square.shape[1:]))
+        return by_layer(leaf, sites[0], square.reshape(*sites[0].stacked_lengths, *square.shape[1:]))
 
     return norm(late) if leaf.kind == "joint" else add([norm([part]) for part in late])
 
 
 def squared_norm_of_sites(leaf: LeafPlan, sites: Sequence[Site], payloads: Sequence[Payload]) -> jax.Array:
     if is_whole_stack(leaf, sites[0]):
-        return squared_norm_of_layers(payloads[0])
+        return squared_norms(payloads[0]["gradient"], by_layer=True)
     return squared_norm([site.factoring for site in sites], payloads, leaf.norm_route)
 
 
@@ -134,7 +127,7 @@ def columns_of_site(leaf: LeafPlan, site: Site, values: jax.Array) -> jax.Array:
 
 def late_sum(leaf: LeafPlan, late: Sequence[LeftBehind], factors: jax.Array, keep: jax.Array) -> jax.Array:
     def total(part: LeftBehind) -> jax.Array:
-        site, lengths = part.site, _lengths(part.site)
+        site = part.site
         rows = [columns_of_site(leaf, site, factors), columns_of_site(leaf, site, keep)]
         if part.has_axis:
             stacked = [loop for loop in site.loops if loop.is_stacked]
@@ -144,7 +137,7 @@ def late_sum(leaf: LeafPlan, late: Sequence[LeftBehind], factors: jax.Array, kee
             return weighted_sum(site.factoring, payload, factors, keep, is_joint=leaf.kind == "joint")
 
         sums = part.map(one, *rows)
-        return site.to_leaf(sums.reshape(*lengths, *site.total_shape) if part.has_axis else sums)
+        return site.to_leaf(sums.reshape(*site.stacked_lengths, *site.total_shape) if part.has_axis else sums)
 
     return add([total(part) for part in late])
 

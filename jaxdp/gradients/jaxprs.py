@@ -57,13 +57,12 @@ class Traced:
 
     body: Body
     out_tree: Any
-    num_param_leaves: int
 
 
 def trace(fun: Callable[..., Any], params: Any, example: Any) -> Traced:
     """Traces `fun(params, example)` at the shapes of its arguments, which may be `jax.ShapeDtypeStruct`s."""
     closed, out_shape = jax.make_jaxpr(fun, return_shape=True)(params, example)
-    return Traced(Body.of(closed), tree_util.tree_structure(out_shape), len(tree_util.tree_leaves(params)))
+    return Traced(Body.of(closed), tree_util.tree_structure(out_shape))
 
 
 def is_literal(atom: Any) -> bool:

@@ -24,12 +24,20 @@ from jax import lax
 
 from jaxdp import _validate
 from jaxdp._typing import Batch, LossFn, Params
-from jaxdp.clipping import ClippedSum, ClippingPolicy, Groups, LeafGroup, PerLayer, clip_and_sum, clipping_factors
+from jaxdp.clipping import (
+    ClippedSum,
+    ClippingPolicy,
+    Groups,
+    LeafGroup,
+    PerLayer,
+    accumulator,
+    clip_and_sum,
+    clipping_factors,
+)
 from jaxdp.gradients import jaxprs
-from jaxdp.gradients.factors import Payload, accumulator
+from jaxdp.gradients.factors import Payload
 from jaxdp.gradients.finishing import (
     LeftBehind,
-    add,
     by_layer,
     columns_of_site,
     is_whole_stack,
@@ -39,7 +47,7 @@ from jaxdp.gradients.finishing import (
     over_loops,
     squared_norm_of_sites,
 )
-from jaxdp.gradients.norms import NormRoute, payload_of_tie, squared_norm, squared_norm_of_tie, weighted_sum
+from jaxdp.gradients.norms import NormRoute, add, payload_of_tie, squared_norm, squared_norm_of_tie, weighted_sum
 from jaxdp.gradients.plan import LeafPlan, Plan, Tie, make_plan
 from jaxdp.gradients.rewrite import Assignment, evaluate
 from jaxdp.gradients.sites import NOTHING, Key, Report, Site, Slot, Task, zeros_like
@@ -95,9 +103,13 @@ class Problem:
         return self.is_padding.shape[0]
 
     @functools.cached_property
-    def plan(self) -> Plan:
+    def traced(self) -> jaxprs.Traced:
         example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x)[1:], jnp.result_type(x)), self.batch)
-        return make_plan(self.fun, self.params, example, self.groups, rows=self.size)
+        return jaxprs.trace(self.fun, self.params, example)
+
+    @functools.cached_property
+    def plan(self) -> Plan:
+        return make_plan(self.traced, self.params, self.groups, rows=self.size)
 
     def after(self, factors: jax.Array) -> Problem:
         """The same problem, to be computed once more after `factors` are known.
@@ -114,7 +126,7 @@ class Problem:
             return jnp.where(impossible, jnp.zeros_like(x), x)
 
         later = dataclasses.replace(self, batch=jax.tree.map(depending, self.batch))
-        later.__dict__["plan"] = self.plan  # it follows from shapes alone
+        later.__dict__.update(traced=self.traced, plan=self.plan)  # they follow from shapes alone
         return later
 
     def losses(self, assignment: Assignment, slots: Mapping[Key, Slot]) -> tuple[jax.Array, list[jax.Array]]:
@@ -124,14 +136,14 @@ class Problem:
         params = jax.tree.leaves(self.params)
 
         def one(example: Any, slots: Any) -> list[jax.Array]:
-            return evaluate(self.plan.traced, assignment, params, example, slots)
+            return evaluate(self.traced, assignment, params, example, slots)
 
         loss, *rest = jax.vmap(one, in_axes=(0, depth))(self.batch, dict(slots))
         return loss, rest
 
     def aux(self, rest: list[jax.Array]) -> Any:
         """What the function returned beside the loss, from its outputs but the first."""
-        return jax.tree.unflatten(self.plan.traced.out_tree, [None, *rest])[1] if self.has_aux else None
+        return jax.tree.unflatten(self.traced.out_tree, [None, *rest])[1] if self.has_aux else None
 
     def counts(self, loss: jax.Array) -> jax.Array:
         return ~self.is_padding & jnp.isfinite(loss)  # S9
@@ -142,7 +154,7 @@ def _rows(site: Site, size: int, shape: tuple[int, ...], dtype: Any) -> jax.Arra
 
 
 def _totals(site: Site, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    return jnp.zeros((*(loop.length for loop in site.loops if loop.is_stacked), *shape), dtype)
+    return jnp.zeros((*site.stacked_lengths, *shape), dtype)
 
 
 def _payload_slot(site: Site, size: int) -> Slot:
@@ -212,7 +224,7 @@ def by_vmap(problem: Problem) -> Clipped:
 
     # With one kernel gradient for each example a convolution becomes one in groups, which XLA may turn into a dense one with
     # zeros between the groups. A NaN times such a zero would be the NaN of every example: run them one by one (S3, S9).
-    one_by_one = jaxprs.contains(problem.plan.traced.body, "conv_general_dilated")
+    one_by_one = jaxprs.contains(problem.traced.body, "conv_general_dilated")
     (loss, aux), grads = (lax.map if one_by_one else _vmap)(gradient, problem.batch)
     clipped, norms, keep = clip_and_sum(
         grads, problem.policy, problem.groups, problem.clip_norms, counts=problem.counts(loss)

@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxdp.gradients.factors import Factoring, Payload, accumulator
+from jaxdp.clipping import accumulator, squared_norms, sum_rows
+from jaxdp.gradients.factors import Factoring, Payload
 
 NormRoute: TypeAlias = Literal["gram", "direct"]
 
@@ -46,12 +47,7 @@ def _product(subscripts: str, *operands: jax.Array) -> jax.Array:
     return jnp.einsum(subscripts, *operands, precision=lax.Precision.HIGHEST, preferred_element_type=wide)
 
 
-def _square_sum(x: jax.Array) -> jax.Array:  # [B, ...] -> [B]
-    wide = x.astype(accumulator(x.dtype))
-    return jnp.sum(jnp.square(wide), axis=tuple(range(1, x.ndim)))
-
-
-def _add(arrays: Sequence[jax.Array]) -> jax.Array:
+def add(arrays: Sequence[jax.Array]) -> jax.Array:
     return sum(arrays[1:], arrays[0])
 
 
@@ -126,7 +122,7 @@ def _square_by_grams(payloads: Sequence[Payload]) -> jax.Array:
         parts = [_inner(payload, payload) for payload in payloads]
         for k, payload in enumerate(payloads):
             parts += [2.0 * _inner(other, payload) for other in payloads[:k]]
-        return _add(parts)
+        return add(parts)
 
     sides = [side for payload in payloads for side in payload.values() if side.ndim == 4]
     rows, tokens = sides[0].shape[0], max(side.shape[2] for side in sides)
@@ -149,11 +145,6 @@ def _gram_chain(payloads: Sequence[Payload]) -> int:
 # ---- norms
 
 
-def squared_norm_of_layers(payload: Payload) -> jax.Array:
-    """||M_b||^2 of each slice along the leading axis of a stored gradient, `[B, L]`."""
-    return jax.vmap(_square_sum)(payload["gradient"])
-
-
 def squared_norm(factorings: Sequence[Factoring | None], payloads: Sequence[Payload], route: NormRoute) -> jax.Array:
     """An upper bound of ||sum_k M_k||^2 for each example, `[B]`, for the uses k of one weight.
 
@@ -166,24 +157,24 @@ def squared_norm(factorings: Sequence[Factoring | None], payloads: Sequence[Payl
         route: By Gram matrices of tokens, or directly from the gradients.
     """
     if len(payloads) == 1 and "gradient" in payloads[0]:
-        return _square_sum(payloads[0]["gradient"])
+        return squared_norms(payloads[0]["gradient"])
     pairs = [(factoring, payload) for factoring, payload in zip(factorings, payloads, strict=True) if factoring]
     scales, lost = zip(*(_scale_and_underflow(payload) for payload in payloads), strict=True)
-    total, tokens = _add(scales), sum(payload["right"].shape[2] for payload in payloads)
+    total, tokens = add(scales), sum(payload["right"].shape[2] for payload in payloads)
     roundoff = max(_roundoff(*payload.values()) for payload in payloads)
     if len(pairs) == 1 and pairs[0][0].has_ids:
         # `weighted_sum` adds these very rows.
-        return _square_sum(_rows_by_token(payloads[0]["left"], payloads[0]["right"]))
+        return squared_norms(_rows_by_token(payloads[0]["left"], payloads[0]["right"]))
     passes = 2 if route == "direct" else 1  # the norm of a gradient that is formed, and the sum: each rounds by itself
     charge = passes * (tokens + 2) * roundoff + max(_stored_roundoff(payload) for payload in payloads)
     if len(pairs) == 1 and tokens == 1:
         norm = total if pairs[0][0].sizes[0] == 1 else _norm_of_one_token(payloads[0])
     elif route == "direct":
-        norm = jnp.sqrt(_square_sum(_add([gradient_of(*pair) for pair in pairs])))
+        norm = jnp.sqrt(squared_norms(add([gradient_of(*pair) for pair in pairs])))
     else:
         square = _square_by_grams(payloads)
         norm = jnp.sqrt(jnp.maximum(square, 0.0) + _gram_chain(payloads) * roundoff * jnp.square(total))
-    return jnp.square(norm + charge * total + _add(lost))
+    return jnp.square(norm + charge * total + add(lost))
 
 
 def _stored_roundoff(payload: Payload) -> float:
@@ -203,13 +194,13 @@ def _scale_and_underflow(payload: Payload) -> tuple[jax.Array, jax.Array]:
     The norm of L^T R may be large where that of R is too small to square in float32, if L is huge: every square that may
     have been flushed to zero is counted at the smallest normal number.
     """
-    right = _square_sum(payload["right"])
+    right = squared_norms(payload["right"])
     tiny = float(jnp.finfo(right.dtype).tiny)
     flushed_right = math.prod(payload["right"].shape[1:]) * tiny
     if payload["left"].ndim == 2:  # one-hot
         left, flushed_left = jnp.full_like(right, payload["right"].shape[2]), 0.0
     else:
-        left = _square_sum(payload["left"]).astype(right.dtype)
+        left = squared_norms(payload["left"]).astype(right.dtype)
         flushed_left = math.prod(payload["left"].shape[1:]) * tiny
     lost = jnp.sqrt(left) * math.sqrt(flushed_right) + jnp.sqrt(right) * math.sqrt(flushed_left)
     return jnp.sqrt(left) * jnp.sqrt(right), lost
@@ -244,7 +235,7 @@ def squared_norm_of_tie(table: Payload, head: Payload) -> jax.Array:
     scale, lost = _scale_and_underflow(table)
     grams = _gram(head["right"], table["right"])[:, 0]
     cross = jnp.sum(jnp.sum(head["picked"].astype(grams.dtype) * grams, axis=2), axis=1)
-    square = _square_sum(_rows_by_token(table["left"], table["right"])) + head["square"] + 2.0 * cross
+    square = squared_norms(_rows_by_token(table["left"], table["right"])) + head["square"] + 2.0 * cross
     total = scale + head["scale"]
     roundoff = _roundoff(head["right"], table["right"])
     tokens = table["right"].shape[2], head["right"].shape[2]
@@ -269,14 +260,7 @@ def weighted_sum(
         is_joint: Whether the norm was taken of this use together with others, and so not of the rows of an embedding.
     """
     if "gradient" in payload:
-        gradient = payload["gradient"]
-        wide = accumulator(gradient.dtype)
-        rows = _zeroed(gradient, keep).astype(wide).reshape(*factors.shape, -1)
-        if factors.ndim == 2:
-            total = _product("bl,bln->ln", factors.astype(wide), rows)
-            return total.reshape(gradient.shape[1:])
-        total = jnp.matmul(factors.astype(wide), rows, precision=lax.Precision.HIGHEST)
-        return total.reshape(gradient.shape[1:])
+        return sum_rows(payload["gradient"], factors, keep)
     assert factoring is not None
     left, right = _zeroed(payload["left"], keep), _zeroed(payload["right"], keep)
     wide = accumulator(right.dtype)

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from jaxdp import _validate
-from jaxdp._typing import Example, LossFn, Params
+from jaxdp._typing import Params
 from jaxdp.clipping import Groups, LeafGroup
 from jaxdp.gradients import jaxprs
 from jaxdp.gradients.cost_model import Cost, cost_of, norm_route
@@ -123,17 +123,15 @@ class Plan:
         return early
 
 
-def make_plan(fun: LossFn, params: Params, example: Example, groups: Groups, *, rows: int) -> Plan:
-    """Analyzes `fun(params, example)` at the shapes of its arguments.
+def make_plan(traced: jaxprs.Traced, params: Params, groups: Groups, *, rows: int) -> Plan:
+    """Analyzes a function of (params, example).
 
     Args:
-        fun: The loss of one example.
+        traced: The loss of one example.
         params: Pytree of arrays or `jax.ShapeDtypeStruct`s.
-        example: One example, without a batch axis.
         groups: The clipping groups of the leaves.
         rows: Examples that are differentiated at once.
     """
-    traced = jaxprs.trace(fun, params, example)
     named = _validate.named_leaves(params)
     uses = find_uses(traced, [tuple(leaf.shape) for _, leaf in named])
     is_narrow = jaxprs.has_narrow_floats(traced.body)
@@ -146,7 +144,7 @@ def make_plan(fun: LossFn, params: Params, example: Example, groups: Groups, *, 
             assert found.copy is not None
             sites = (site_of_copy(found.copy, index),)
         elif found.uses:
-            route, spills = norm_route([(use.factoring, use.loops) for use in found.uses], rows, leaf.dtype)
+            route, spills = norm_route([(use.factoring, use.loops) for use in found.uses], rows)
             spills = spills and found.kind not in ("joint", "embedding")
             sites = tuple(site_of_use(use, index, spills=spills) for use in found.uses)
         if isinstance(group, tuple) and not all(site.scans_layers or site.layer is not None for site in sites):

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
+from jaxdp.clipping import round_first
 from jaxdp.gradients import jaxprs
 from jaxdp.gradients.factors import Factoring, Payload
 from jaxdp.gradients.norms import gradient_of
@@ -119,8 +120,9 @@ class Site:
         return bool(self.view.ops) and self.view.ops[0].is_scan_slice
 
     @property
-    def num_stacked(self) -> int:
-        return sum(loop.is_stacked for loop in self.loops)
+    def stacked_lengths(self) -> tuple[int, ...]:
+        """Iterations of each stacked loop around it, outermost first."""
+        return tuple(loop.length for loop in self.loops if loop.is_stacked)
 
     @property
     def total_shape(self) -> tuple[int, ...]:
@@ -138,7 +140,7 @@ class Site:
         """A sum `[*stacked, *total_shape]` in the shape of the leaf."""
         if self.factoring is not None:
             back = self.factoring.to_weight
-            for _ in range(self.num_stacked):
+            for _ in self.stacked_lengths:
                 back = jax.vmap(back)
             total = back(total)
         return self.view.put_back(total)
@@ -227,7 +229,6 @@ def run_site(
     Returns:
         The output of the equation, or the copy; and the token for the awaited sites, None if there are none.
     """
-    inputs = (x, w, slot, token)
     token_shapes = {key: dict(other.payload) for key, other in awaited.items()} or None
 
     def primal(x: Any, w: jax.Array) -> jax.Array:
@@ -262,7 +263,7 @@ def run_site(
         out = _batched_site(site, primal, task, token_shapes, size)(x, w, slot, token)
         return out, jax.tree.map(lambda _: True, out)
 
-    return for_one(*inputs)
+    return for_one(x, w, slot, token)
 
 
 def _batched_site(
@@ -290,10 +291,7 @@ def _batched_site(
         dx = None
         if x is not None and jnp.issubdtype(x.dtype, jnp.inexact):
             (dx,) = jax.vjp(lambda rows: forward(rows, w), x)[1](g)
-        if g.dtype.itemsize < 4:
-            # S4(a): XLA may carry a narrow value at excess precision into one consumer and rounded into another. Behind the
-            # barrier the norm and the sum read the same stored operands.
-            x, g = lax.optimization_barrier((x, g))
+        x, g = (None, *round_first(g)) if x is None else round_first(x, g)
         payloads = {site.key: _payload(site.factoring, site.spills, x, g), **(later or {})}
         if task is None:
             return dx, None, None, payloads
