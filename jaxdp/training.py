@@ -14,7 +14,7 @@ from jax.core import Tracer
 
 from jaxdp import _validate
 from jaxdp._typing import Batch, Key, LossFn, Params
-from jaxdp.gradients import Method, NotPrivate, clipped_grad
+from jaxdp.gradients import ClippedGrad, Method, NotPrivate, clipped_grad
 from jaxdp.mechanism import Ledger, PrivacyPlan, check_batch, check_plan, privatize
 from jaxdp.noise import secret_key
 
@@ -84,6 +84,7 @@ def make_dp_step(
 
     Args:
         loss_fn: `loss_fn(params, example) -> scalar`, or `-> (scalar, aux)` with `has_aux=True`; one example, no batch axis.
+            With `frozen` arrays, `loss_fn(params, example, frozen)`.
         tx: Any optax optimizer. It must not contain a privacy transformation of its own.
         plan: The privacy numbers, from `jaxdp.plan`.
         has_aux: As in `jax.grad`.
@@ -94,19 +95,22 @@ def make_dp_step(
         `init(params, *, noise_key=None) -> TrainingState` copies `params` and, by default, draws the noise key from the
         operating system's entropy.
 
-        `step(state, batch, is_padding_example) -> (TrainingState, StepInfo)` is compiled once, whatever the realized batch
-        size, and donates the arrays of `state`: use the state it returns. It keeps the ledger on the host, so call it
-        directly rather than inside `jax.jit` or `lax.scan`.
+        `step(state, batch, is_padding_example, frozen=None) -> (TrainingState, StepInfo)` is compiled once, whatever the
+        realized batch size, and donates the arrays of `state`: use the state it returns. It keeps the ledger on the host,
+        so call it directly rather than inside `jax.jit` or `lax.scan`. `frozen` is a pytree that `loss_fn` takes as its
+        third argument, such as the weights below an adapter: it is public, neither differentiated nor donated, and unlike
+        arrays that `loss_fn` closes over it does not become part of the compiled program.
 
     Source: DP-SGD, arXiv 1607.00133.
     """
-    grad_fn = clipped_grad(
-        loss_fn,
-        clipping=check_plan(plan).clipping,
-        has_aux=has_aux,
-        microbatch_size=microbatch_size,
-        method=method,
-    )
+
+    def grad_fn(fun: LossFn) -> ClippedGrad:
+        return clipped_grad(
+            fun, clipping=plan.clipping, has_aux=has_aux, microbatch_size=microbatch_size, method=method
+        )
+
+    check_plan(plan)
+    grad_fn(loss_fn)  # complains about its arguments now
     if not isinstance(tx, optax.GradientTransformation):
         raise TypeError(f"tx must be an optax.GradientTransformation, such as optax.adam(1e-3); got {tx!r}.")
 
@@ -118,9 +122,17 @@ def make_dp_step(
         return TrainingState(params, tx.init(params), clip_norms, jax.random.clone(key), Ledger())
 
     def released(
-        params: Params, opt_state: Any, clip_norms: jax.Array, key: Key, step: jax.Array, batch: Batch, mask: jax.Array
+        params: Params,
+        opt_state: Any,
+        clip_norms: jax.Array,
+        key: Key,
+        step: jax.Array,
+        batch: Batch,
+        mask: jax.Array,
+        frozen: Any = None,
     ) -> tuple[tuple[Params, Any, jax.Array, Key], StepInfo]:
-        clipped, not_private = grad_fn.clipped_sum(params, batch, is_padding_example=mask, clip_norms=clip_norms)
+        fun = loss_fn if frozen is None else lambda params, example: loss_fn(params, example, frozen)
+        clipped, not_private = grad_fn(fun).clipped_sum(params, batch, is_padding_example=mask, clip_norms=clip_norms)
         release = privatize(clipped, plan.clipping.groups(params), plan, clip_norms, key=key, step=step)
         mean = jax.tree.map(lambda m, p: m.astype(p.dtype), release.mean, params)  # noise first, then cast (S21)
         updates, opt_state = tx.update(mean, opt_state, params)
@@ -129,7 +141,9 @@ def make_dp_step(
 
     compiled = jax.jit(released, donate_argnums=(0, 1, 2, 3))
 
-    def step(state: TrainingState, batch: Batch, is_padding_example: Any) -> tuple[TrainingState, StepInfo]:
+    def step(
+        state: TrainingState, batch: Batch, is_padding_example: Any, frozen: Any = None
+    ) -> tuple[TrainingState, StepInfo]:
         if not isinstance(state, TrainingState):
             raise TypeError(f"state must be the TrainingState of init or of the last step, got {type(state).__name__}.")
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(state.ledger)):
@@ -139,7 +153,7 @@ def make_dp_step(
         state.ledger.check_budget(plan)
         mask = check_batch(plan, batch, is_padding_example)
         arrays, info = compiled(
-            state.params, state.opt_state, state.clip_norms, state.noise_key, np.uint32(state.step), batch, mask
+            state.params, state.opt_state, state.clip_norms, state.noise_key, np.uint32(state.step), batch, mask, frozen
         )
         return TrainingState(*arrays, ledger=state.ledger.record(plan)), info
 

@@ -107,6 +107,36 @@ def test_one_bad_example_changes_nothing_but_its_own_contribution(params, loss_f
         chex.assert_trees_all_equal(with_bad.params, without.params)
 
 
+@pytest.mark.parametrize("microbatch_size", [None, 4])
+def test_frozen_arrays_are_what_a_closure_over_them_would_be(params, loss_fn, data, key, microbatch_size):
+    """The same bits as a loss that closes over them; they are neither donated nor changed, and nothing is traced again."""
+    plan = make_plan()
+    trainable, frozen = {"first": params["first"]}, {"second": params["second"]}
+    traces = []
+
+    def joined(trained, example, rest):
+        traces.append(None)
+        return loss_fn(trained | rest, example)
+
+    settings = {"microbatch_size": microbatch_size}
+    init, step = jaxdp.make_dp_step(joined, optax.sgd(0.1), plan, **settings)
+    _, closed_step = jaxdp.make_dp_step(lambda p, e: loss_fn(p | frozen, e), optax.sgd(0.1), plan, **settings)
+    state, closed = init(trainable, noise_key=key), init(trainable, noise_key=key)
+    before = jax.tree.map(np.array, frozen)
+    batch, mask = jax.tree.map(lambda x: x[:16], data), np.zeros(16, bool)
+    for _ in range(2):
+        state, _ = step(state, batch, mask, frozen)
+        closed, _ = closed_step(closed, batch, mask)
+    chex.assert_trees_all_close(state.params, closed.params, rtol=1e-6)
+    chex.assert_trees_all_equal(frozen, before)
+    after_two = len(traces)
+    moved, _ = step(
+        state, batch, mask, jax.tree.map(lambda x: x + 1, frozen)
+    )  # an argument, no constant of the program
+    assert len(traces) == after_two
+    assert not np.allclose(moved.params["first"]["kernel"], closed.params["first"]["kernel"], atol=1e-4)
+
+
 def test_noise_differs_by_run_and_repeats_by_key(params, loss_fn, data, key):
     plan = make_plan()
     run = lambda **kwargs: train(plan, loss_fn, params, data, **kwargs)[0].params  # noqa: E731
