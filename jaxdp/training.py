@@ -66,7 +66,7 @@ StepFn = Callable[..., tuple[TrainingState, StepInfo]]
 
 
 def make_dp_step(
-    loss_fn: LossFn,
+    loss_fn: Callable[..., Any],
     tx: optax.GradientTransformation,
     plan: PrivacyPlan,
     *,
