@@ -7,7 +7,15 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 FLOORS = {
     0: ["pallas_kernels", "jaxdp._typing", "jaxdp._validate"],
-    1: ["jaxdp.sampling", "jaxdp.clipping", "jaxdp.noise", "jaxdp.accounting", "jaxdp.models", "jaxdp.datasets"],
+    1: [
+        "jaxdp.sampling",
+        "jaxdp.clipping",
+        "jaxdp.noise",
+        "jaxdp.accounting",
+        "jaxdp.models",
+        "jaxdp.datasets",
+        "jaxdp.text",
+    ],
     2: ["jaxdp.mechanism", "jaxdp.gradients"],
     3: ["jaxdp.transforms", "jaxdp.checkpointing"],
     4: ["jaxdp.training"],
