@@ -33,18 +33,38 @@ def jaxdp_commands() -> list[str]:
     ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("command", jaxdp_commands())
-def test_the_commands_run(command, tmp_path):
+def is_of_a_language_model(command: str) -> bool:
+    return " finetune " in command or " generate " in command
+
+
+def run(command: str, folder: pathlib.Path) -> str:
     result = subprocess.run(
         [sys.executable, *shlex.split(command)[1:]],
-        cwd=tmp_path,
+        cwd=folder,
         env=environment(),
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [command for command in jaxdp_commands() if not is_of_a_language_model(command)])
+def test_the_commands_run(command, tmp_path):
+    run(command, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_commands_of_a_language_model_run_one_after_the_other(jaxdp_data, tmp_path):
+    (tmp_path / "models").symlink_to(jaxdp_data / "models")
+    tales = (jaxdp_data / "text" / "GrimmsFairyTales.txt").read_text(encoding="utf-8").split("\n\n")
+    (tmp_path / "private.txt").write_text("\n\n".join(tales[:-100]), encoding="utf-8")
+    (tmp_path / "public.txt").write_text("\n\n".join(tales[-100:]), encoding="utf-8")
+    finetune, generate = (command for command in jaxdp_commands() if is_of_a_language_model(command))
+    assert "epsilon 8 at delta" in run(finetune, tmp_path)
+    assert "Once upon a time" in run(generate, tmp_path)
 
 
 def test_the_first_two_commands_are_the_ones_that_ci_runs():

@@ -12,6 +12,9 @@ Examples:
   jaxdp train --dataset mnist --data-dir data/mnist  MNIST from its IDX files
   jaxdp train --no-privacy                           the same run without clipping and noise, to compare
   jaxdp train --resume                               go on with the newest interrupted run
+  jaxdp finetune --model DIR --data FILE             a language model on private text, at epsilon 3
+  jaxdp finetune --model DIR --data FILE --tune lora --eval FILE --target-epsilon 8
+  jaxdp generate --model DIR --prompt "Once upon"    a look at what a model writes
   jaxdp account --num-examples 60000 --expected-batch-size 256 --num-steps 1000 --delta 1e-5 --target-epsilon 3
 """
 
@@ -21,15 +24,19 @@ def main(args: Sequence[str] | None = None) -> None:
     import tyro
 
     from jaxdp.checkpointing import CheckpointError
-    from jaxdp.cli import account, train
+    from jaxdp.cli import account, finetune, generate, train
 
-    commands = {"train": train.Train, "account": account.Account}
+    commands = {
+        "train": train.Train,
+        "finetune": finetune.Finetune,
+        "generate": generate.Generate,
+        "account": account.Account,
+    }
     config = tyro.extras.subcommand_cli_from_dict(commands, prog="jaxdp", description=_EXAMPLES, args=args)
     try:
-        if isinstance(config, train.Train):
-            train.run(config)
-        else:
-            account.run(config)
+        {train.Train: train, finetune.Finetune: finetune, generate.Generate: generate, account.Account: account}[
+            type(config)
+        ].run(config)
     except (ValueError, TypeError, OSError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

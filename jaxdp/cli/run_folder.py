@@ -25,12 +25,8 @@ def new_run_folder(out: Path | None, name: str) -> Path:
         while (folder := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
             number += 1
     else:
+        check_free(out)
         folder = out
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise FileExistsError(
-                f"{folder} exists and is not an empty folder; nothing was overwritten. Choose another --out, or go on "
-                "with that run by --resume."
-            )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -40,6 +36,15 @@ def new_run_folder(out: Path | None, name: str) -> Path:
             f"cannot write to the output folder {folder}: {error.strerror or error}; choose another --out."
         ) from error
     return folder
+
+
+def check_free(folder: Path) -> None:
+    """Raises FileExistsError if `folder` holds something already; nothing is overwritten."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(
+            f"{folder} exists and is not an empty folder; nothing was overwritten. Choose another --out, or go on "
+            "with that run by --resume."
+        )
 
 
 def interrupted_run_folder(out: Path | None, name: str) -> Path:

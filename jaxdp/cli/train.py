@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import importlib.metadata
 import io
 import math
-import platform
-import resource
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,22 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from tqdm.auto import tqdm
 
-import jaxdp
 from jaxdp import _validate
 from jaxdp.accounting import format_epsilon
 from jaxdp.checkpointing import Checkpointer
-from jaxdp.cli import interrupts, options, run_folder
+from jaxdp.cli import meters, options, run_folder, training_loop
 from jaxdp.cli.curve import EpsilonCurve, curve_png
-from jaxdp.clipping import ClippingPolicy, automatic, flat, per_layer, quantile
 from jaxdp.datasets import ImageDataset, load_digits, load_mnist
-from jaxdp.mechanism import PrivacyPlan, plan
+from jaxdp.mechanism import PrivacyPlan
 from jaxdp.models import cnn_logits, init_cnn, init_mlp, mlp_logits
-from jaxdp.sampling import poisson_batches
 from jaxdp.training import TrainingState, make_dp_step
-
-Flag = tyro.conf.FlagCreatePairsOff
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +87,7 @@ class Train:
     """Probability of each example to enter a batch, instead of its mean size."""
     num_steps: Annotated[int | None, _default_of("num_steps")] = None
     """Number of steps."""
-    clipping: Literal["flat", "per-layer", "automatic", "quantile"] = "flat"
+    clipping: options.ClippingName = "flat"
     """How each per-example gradient is bounded."""
     l2_clip_norm: Annotated[float | None, _default_of("l2_clip_norm")] = None
     """Clip norm; the first one under quantile."""
@@ -108,7 +99,7 @@ class Train:
     """Rows of a padded batch; larger draws are truncated, and charged for."""
     accountant: Literal["pld", "rdp"] = "pld"
     """pld is tight; rdp is what older papers report."""
-    no_privacy: Flag[bool] = False
+    no_privacy: options.Flag[bool] = False
     """The baseline: the same run without clipping and noise."""
 
     optimizer: Literal["sgd", "adam"] = "sgd"
@@ -124,7 +115,7 @@ class Train:
     """Examples differentiated at once: bounds memory, changes nothing else."""
     out: Annotated[Path | None, options.hint("default: runs/<dataset>, or runs/<dataset>-2 and so on")] = None
     """Output folder. Its checkpoints hold the noise key: keep them secret."""
-    resume: Flag[bool] = False
+    resume: options.Flag[bool] = False
     """Go on with the run in --out, or with the newest interrupted one of this data set; other settings must be the same."""
     checkpoint_every: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 100
     """Steps between checkpoints."""
@@ -172,24 +163,9 @@ def run(config: Train) -> None:
     print(f"report: {folder / 'report.json'}   curve: {folder / 'curve.png'}   released model: {folder / 'model.npz'}")
 
 
-@dataclasses.dataclass
-class Progress:
-    """What a run reports about itself, and a checkpoint carries on: not part of the guarantee.
-
-    Attributes:
-        losses: The mean training loss of each batch: not private (S15).
-        wall_seconds: Time spent in earlier processes of this run, and in the end in all of them.
-    """
-
-    losses: list[float]
-    wall_seconds: float
-
-
 def _train(
     config: Train, dataset: ImageDataset, the_plan: PrivacyPlan, checkpointer: Checkpointer, folder: Path
-) -> tuple[TrainingState, Progress]:
-    start = time.perf_counter()
-    fingerprint = dataset.fingerprint()
+) -> tuple[TrainingState, training_loop.Progress]:
     init_params, logits = _model(config)
     scale = 1.0 / dataset.max_pixel
 
@@ -200,79 +176,29 @@ def _train(
     init, step = make_dp_step(
         loss_fn, _optimizer(config), the_plan, microbatch_size=resolved(config)["microbatch_size"]
     )
-    state = init(init_params(jax.random.key(config.init_seed), dataset))
-    if checkpointer.latest_step() is not None:
-        state, extra = checkpointer.restore(state)
-        progress = Progress(extra["losses"], extra["wall_seconds"])
-        if extra["data_sha256"] != fingerprint:
-            raise ValueError(
-                f"the training set is not the one that the run in {folder} began with; give it the same data, or start a new run."
-            )
-        seed = np.random.SeedSequence(int(extra["sampling_entropy"]))
-        print(f"resumed after step {state.step} of {the_plan.num_steps}")
-    else:  # also a run that was killed before its first checkpoint: it has released nothing
-        seed, progress = np.random.SeedSequence(), Progress([], 0.0)
-
-    def save() -> None:
-        spent = progress.wall_seconds + time.perf_counter() - start
-        extra = {
-            "sampling_entropy": str(seed.entropy),
-            "data_sha256": fingerprint,  # here and not in config.json: it could confirm a guess of the data
-            "losses": progress.losses,
-            "wall_seconds": spent,
-        }
-        checkpointer.save(state, extra=extra)
-
-    if checkpointer.latest_step() is None:
-        save()  # the noise key is on disk before it noises anything: no crash can lead to a second key for the same steps
-    curve = EpsilonCurve(the_plan)
-    source = (dataset.train_images, dataset.train_labels)
-    batches = poisson_batches(source, the_plan, seed, start_step=state.step)
-    bar = tqdm(batches, total=the_plan.num_steps, initial=state.step, unit="step", disable=None)
-    pending: list[jax.Array] = []  # losses still on the device: reading each at once would wait for each step
-    with bar, interrupts.deferred() as interrupted:
-        for batch, is_padding_example in bar:
-            state, info = step(state, batch, is_padding_example)
-            pending.append(info.not_private.mean_loss())
-            last = state.step == the_plan.num_steps
-            stop = interrupted() and not last
-            if last or stop or state.step % config.checkpoint_every == 0 or len(pending) == 20:
-                progress.losses += [float(value) for value in pending]
-                pending.clear()
-                epsilon = "none" if config.no_privacy else f"<={format_epsilon(curve.at_most(state.step))}"
-                bar.set_postfix_str(f"loss {progress.losses[-1]:.3f} (not private), epsilon {epsilon}")
-            if last or stop or state.step % config.checkpoint_every == 0:
-                save()
-            if stop:
-                raise KeyboardInterrupt(
-                    f"saved step {state.step} of {the_plan.num_steps}; go on with the same options and --resume --out {folder}"
-                )
-    progress.wall_seconds += time.perf_counter() - start
-    return state, progress
+    steps = training_loop.train(
+        step,
+        init(init_params(jax.random.key(config.init_seed), dataset)),
+        (dataset.train_images, dataset.train_labels),
+        the_plan,
+        checkpointer,
+        fingerprint=dataset.fingerprint(),
+        folder=folder,
+        checkpoint_every=config.checkpoint_every,
+    )
+    return collections.deque(steps, maxlen=1).pop()
 
 
 def make_plan(config: Train, num_examples: int) -> PrivacyPlan:
     """The plan that the options describe."""
     settings = resolved(config)
-    goal: dict[str, Any] = {"noise_multiplier": 0.0} if config.no_privacy else {}
-    if config.no_privacy and (config.noise_multiplier is not None or config.target_epsilon is not None):
-        raise ValueError("--no-privacy contradicts --target-epsilon and --noise-multiplier; leave one out.")
-    if not config.no_privacy:
-        goal["noise_multiplier"] = config.noise_multiplier
-        goal["target_epsilon"] = (
-            3.0 if config.target_epsilon is None and config.noise_multiplier is None else config.target_epsilon
-        )
-    return plan(
+    return options.make_plan(
+        config,
         num_examples=num_examples,
         num_steps=settings["num_steps"],
         expected_batch_size=settings["expected_batch_size"],
-        sampling_prob=config.sampling_prob,
-        clipping=_clipping(config, settings["l2_clip_norm"]),
+        l2_clip_norm=settings["l2_clip_norm"],
         target_delta=config.target_delta,
-        neighboring_relation=options.relation(config.neighboring_relation),
-        padded_batch_size=config.padded_batch_size,
-        accountant=config.accountant,
-        **goal,
     )
 
 
@@ -288,14 +214,6 @@ def resolved(config: Train) -> dict[str, Any]:
     if config.sampling_prob is not None:
         del defaults["expected_batch_size"]
     return settings | {name: value for name, value in defaults.items() if settings[name] is None}
-
-
-def _clipping(config: Train, l2_clip_norm: float) -> ClippingPolicy:
-    if config.no_privacy:
-        return flat(math.inf)
-    if config.clipping == "per-layer":
-        return per_layer(l2_clip_norm, noise_allocation=config.noise_allocation)
-    return {"flat": flat, "automatic": automatic, "quantile": quantile}[config.clipping](l2_clip_norm)
 
 
 def _optimizer(config: Train) -> optax.GradientTransformation:
@@ -342,11 +260,10 @@ def _report(
     state: TrainingState,
     dataset: ImageDataset,
     accuracy: float,
-    progress: Progress,
+    progress: training_loop.Progress,
 ) -> dict[str, Any]:
     spent = the_plan.epsilon_so_far(state.ledger)
-    peak_host_bytes, meter = _peak_host_memory()
-    packages = ("jax", "jaxlib", "optax", "dp-accounting", "orbax-checkpoint", "numpy")
+    peak_host_bytes, meter = meters.peak_host_memory()
     return {
         "private": not config.no_privacy,
         "epsilon": None if math.isinf(spent) else spent,
@@ -372,20 +289,9 @@ def _report(
         "peak_host_bytes": peak_host_bytes,
         "peak_host_bytes_meter": meter,
         "device": jax.devices()[0].device_kind,
-        "versions": {"python": platform.python_version(), "jaxdp": jaxdp.__version__}
-        | {name: importlib.metadata.version(name) for name in packages},
+        "versions": meters.versions(),
         "command": " ".join(["jaxdp", *sys.argv[1:]]),
     }
-
-
-def _peak_host_memory() -> tuple[int, str]:
-    """The peak resident set of this process in bytes, and the name of its meter."""
-    status = Path("/proc/self/status")
-    if status.exists():  # `ru_maxrss` would start at the peak of the parent process on Linux
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024, "VmHWM of the process"
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "ru_maxrss of the process"
 
 
 def _npz(params: Any) -> bytes:

@@ -1,0 +1,79 @@
+"""The README.md of a released model: what was trained how, and what is guaranteed to whom."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxdp.accounting import format_epsilon
+
+_LIMITS = """\
+- The statement is about the fine-tuning data alone. What the base model learned before is not covered, nor is anything that
+  it remembers.
+- It is about this one release. Another model trained on the same data, metrics of the training set, or settings chosen by
+  looking at results on it, cost more privacy than is stated here.
+- Records of one person in several privacy units are protected one by one, not together.
+- A small epsilon bounds what the model can tell about any one unit. It is no promise that the text it writes is true,
+  harmless or free of what many units have in common."""
+
+
+def model_card(report: dict[str, Any]) -> str:
+    """Markdown with the front matter of a Hugging Face card, from entries of `report.json` that may be published."""
+    lines = ["---", f"base_model: {_quoted(report['base_model'])}"]
+    lines += ["tags:", "- differential-privacy" if report["private"] else "- jaxdp", "---", ""]
+    how = "with differential privacy" if report["private"] else "without privacy"
+    lines += [f"# {report['base_model']}, fine-tuned {how}", ""]
+    lines += ["## Privacy", "", _headline(report), "", report["statement"], ""]
+    lines += [f"**Privacy unit.** {report['privacy_unit']}", ""]
+    lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in _facts(report)), ""]
+    lines += ["## Evaluation", "", *_evaluation(report["evaluation"]), ""]
+    lines += ["## Training", "", *(f"- {line}" for line in _training(report)), ""]
+    lines += ["## Limits", "", _LIMITS, ""]
+    return "\n".join(lines)
+
+
+def _headline(report: dict[str, Any]) -> str:
+    if report["epsilon"] is None:
+        return "**This model is not differentially private.** Publish it only if its training data may be published."
+    return f"**({format_epsilon(report['epsilon'])}, {report['delta']:.3g})-differentially private** for each privacy unit below."
+
+
+def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        ("epsilon", "infinite" if report["epsilon"] is None else format_epsilon(report["epsilon"])),
+        ("delta", f"{report['delta']:.3g}"),
+        ("neighboring relation", report["neighboring_relation"]),
+        ("accountant", report["accountant"].upper()),
+        ("sampler", f"{report['sampler']}, probability {report['sampling_prob']:.6g}"),
+        ("noise multiplier", f"{report['noise_multiplier']:.6g}"),
+        ("clipping", report["clipping"]),
+        ("steps", str(report["num_steps"])),
+        ("privacy units", str(report["num_examples"])),
+    ]
+
+
+def _evaluation(evaluation: dict[str, Any] | None) -> list[str]:
+    if evaluation is None:
+        return ["None: no evaluation records were given."]
+    metrics = [name for name in evaluation["before"] if name in ("perplexity", "accuracy")]
+    values = {name: [evaluation[when][name] for when in ("before", "after")] for name in metrics}
+    rows = [
+        f"| {name} | {' | '.join('not finite' if value is None else f'{value:.4g}' for value in pair)} |"
+        for name, pair in values.items()
+    ]
+    return [f"| {evaluation['num_records']} records | before | after |", "|---|---|---|", *rows, "", evaluation["note"]]
+
+
+def _training(report: dict[str, Any]) -> list[str]:
+    settings, trainable = report["settings"], report["num_trainable_parameters"]
+    lines = [
+        f"{report['tuning']}: {trainable:,} of {report['num_parameters']:,} parameters trained",
+        f"optimizer {settings['optimizer']}, learning rate {settings['learning_rate']:g}, {settings['schedule']} schedule, "
+        f"computed in {settings['dtype']}",
+        f"jaxdp {report['versions']['jaxdp']}, jax {report['versions']['jax']} on {report['device']}",
+    ]
+    return lines + [f"**warning**: {warning}" for warning in report["updates"]["warnings"]]
+
+
+def _quoted(text: str) -> str:
+    """A YAML string, whatever it holds."""
+    return "'" + text.replace("'", "''").replace("\n", " ") + "'"
