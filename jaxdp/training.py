@@ -129,7 +129,7 @@ def make_dp_step(
         step: jax.Array,
         batch: Batch,
         mask: jax.Array,
-        frozen: Any = None,
+        frozen: Any,
     ) -> tuple[tuple[Params, Any, jax.Array, Key], StepInfo]:
         fun = loss_fn if frozen is None else lambda params, example: loss_fn(params, example, frozen)
         clipped, not_private = grad_fn(fun).clipped_sum(params, batch, is_padding_example=mask, clip_norms=clip_norms)

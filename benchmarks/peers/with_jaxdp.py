@@ -60,7 +60,7 @@ def make(
         started = jax.eval_shape(lambda: init(problem.params()))
         arrays = (started.params, started.opt_state, started.clip_norms, started.noise_key)
         batch, is_padding_example = jax.eval_shape(lambda: (problem.batch(), np.zeros(rows, bool)))
-        lowered = dp_step.compiled.lower(*arrays, np.uint32(0), batch, is_padding_example)  # type: ignore[attr-defined]
+        lowered = dp_step.compiled.lower(*arrays, np.uint32(0), batch, is_padding_example, None)  # type: ignore[attr-defined]
         return xla_memory(lowered.compile())
 
     return Trainer(step, params, memory)

@@ -62,6 +62,9 @@ def run(config: Finetune) -> None:
     name = config.model.model.resolve().name or "model"
     folder = run_folder.interrupted_run_folder(config.out, name) if config.resume else None
     tuning, tokenizer = tuning_job.load_tuning(config.model, dtype=config.optimizer.dtype, keep_float32=config.merge)
+    settings = resolved(config, tuning)
+    if folder is not None:
+        run_folder.check_config(folder, settings)
     records = tuning_job.read_records(config.data, tuning.model, tokenizer)
     print(f"{config.data.data.name}: {records.report}", flush=True)
     _say_what_is_odd(config, records, tuning)
@@ -75,10 +78,7 @@ def run(config: Finetune) -> None:
     )
     print(check, flush=True)
     check.refuse_if_too_large(_remedies(config))
-    settings = resolved(config, tuning)
-    if folder is not None:
-        run_folder.check_config(folder, settings)
-    else:
+    if folder is None:
         folder = run_folder.new_run_folder(config.out, name)
         run_folder.write_config(folder, settings)
     print(f"writing to {folder}", flush=True)

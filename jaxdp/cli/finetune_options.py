@@ -24,8 +24,8 @@ class ModelOptions:
     model: Path
     """Hugging Face folder of a GPT-2, OPT, Llama, Mistral or Qwen3 model: config.json, safetensors, tokenizer."""
     tune: TuneName = "full"
-    """full: everything. lora: low-rank adapters. ffa-lora: adapters whose A stays as drawn. bitfit: the biases. last-k: the
-    last blocks and the head."""
+    """full: everything. lora: low-rank adapters. ffa-lora: adapters whose A stays as drawn. bitfit: the biases. last-k: the last
+    blocks."""
     lora_rank: Annotated[int | None, hint("default: 8")] = None
     """Rank of the adapters."""
     lora_alpha: Annotated[float | None, hint("default: twice the rank")] = None

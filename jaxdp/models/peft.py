@@ -19,7 +19,7 @@ from jaxdp.models.causal_lm import CausalLM
 from jaxdp.models.folders import existing_folder, file_names, placed_together, read_json, write_json
 from jaxdp.models.lora import is_adapter
 from jaxdp.models.lora_spec import Lora
-from jaxdp.models.saving import segments
+from jaxdp.models.saving import segments_by_path
 from jaxdp.models.tensor_files import StoredTensor, open_tensors, write_tensors
 from jaxdp.models.trainable import join
 
@@ -94,7 +94,7 @@ def save_adapter(
     """
     if model.lora is None:
         raise ValueError("the model has no adapters to save; save a whole model with jaxdp.models.save_model.")
-    leaves = {path: arrays for path, arrays in segments(params).items() if is_adapter(path)}
+    leaves = {path: arrays for path, arrays in segments_by_path(params).items() if is_adapter(path)}
     shapes = {path: shape.shape for path, shape in _validate.named_leaves(model.shapes()) if is_adapter(path)}
     if odd := sorted(leaves.keys() ^ shapes.keys()):
         raise ValueError(

@@ -58,7 +58,7 @@ def save_model(folder: str | os.PathLike[str], pretrained: Pretrained, *, max_sh
             "the model has adapters, which a Hugging Face model folder has no place for; merge them with jaxdp.models.merge, or "
             "save them alone with jaxdp.models.save_adapter."
         )
-    leaves = segments(params)
+    leaves = segments_by_path(params)
     _check_fits(leaves, leaf_shapes(model))
     tensors = _as_stored(leaves, places(model))
     with placed_together(folder, last=(SINGLE, INDEX), stale=("model-*-of-*.safetensors",)) as staging:
@@ -69,7 +69,7 @@ def save_model(folder: str | os.PathLike[str], pretrained: Pretrained, *, max_sh
         write_shards(staging, tensors, max_shard_bytes=max_shard_bytes)
 
 
-def segments(params: Params) -> dict[str, list[Any]]:
+def segments_by_path(params: Params) -> dict[str, list[Any]]:
     """The arrays of every leaf by its path: one, or one for each segment of the blocks."""
     leaves: dict[str, list[Any]] = {}
     for name, branch in params.items():

@@ -70,12 +70,18 @@ def texts(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def compilation_cache(tmp_path_factory) -> pathlib.Path:
+    """A run that is killed and resumed, or repeated, need not compile again."""
+    return tmp_path_factory.mktemp("compilation-cache")
+
+
 @pytest.fixture
-def user_environment() -> dict[str, str]:
+def user_environment(compilation_cache) -> dict[str, str]:
     """Nothing of the test's own configuration."""
     root = str(pathlib.Path(__file__).parents[2])
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
-    return kept | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
+    return kept | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(compilation_cache)}
 
 
 @pytest.fixture

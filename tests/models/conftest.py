@@ -13,6 +13,9 @@ from jaxdp.models import CausalLM, causal_lm
 from jaxdp.models.weights import load_model
 from tests.models.tiny import CONFIGS
 
+# They need torch, and are run by hand.
+collect_ignore = ["make_goldens.py", "make_peft_goldens.py"]
+
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 GOLDEN_NAMES = sorted(path.name for path in GOLDENS.iterdir())
 

@@ -104,7 +104,7 @@ def lose_shard(folder, index):
 
 
 def lead_outside(folder, index):
-    del folder
+    shutil.copyfile(sorted(folder.glob("*.safetensors"))[0], folder.parent / "model.safetensors")
     index["weight_map"]["lm_head.weight"] = "../model.safetensors"
 
 
@@ -501,13 +501,14 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_touched(tmp_path, ke
     assert not list(tmp_path.iterdir())
 
 
-def test_a_machine_that_stops_between_two_renames_leaves_nothing_that_loads(tmp_path, monkeypatch):
+@pytest.mark.parametrize("max_shard_bytes", [9_000, 10**9])
+def test_a_machine_that_stops_between_two_renames_leaves_nothing_that_loads(max_shard_bytes, tmp_path, monkeypatch):
     base = load_model(GOLDENS / "llama3")
-    save_model(tmp_path, base, max_shard_bytes=9_000)
+    save_model(tmp_path, base, max_shard_bytes=max_shard_bytes)
     replace, moved = pathlib.Path.replace, []
 
     def stop(self, target):
-        if len(moved) == 2:
+        if moved:
             raise KeyboardInterrupt  # no error of the system: nothing in the code expects it
         moved.append(target)
         return replace(self, target)
@@ -515,6 +516,11 @@ def test_a_machine_that_stops_between_two_renames_leaves_nothing_that_loads(tmp_
     monkeypatch.setattr(pathlib.Path, "replace", stop)
     doubled = dataclasses.replace(base, params=jax.tree.map(lambda leaf: 2 * leaf, base.params))
     with contextlib.suppress(KeyboardInterrupt):
-        save_model(tmp_path, doubled, max_shard_bytes=9_000)
-    with pytest.raises(FileNotFoundError):
+        save_model(tmp_path, doubled, max_shard_bytes=max_shard_bytes)
+    assert moved
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors and no model\.safetensors\.index\.json"):
         load_model(tmp_path)
+    # Nor is anything lost.
+    (staging,) = tmp_path.glob(".incomplete-*")
+    assert {path.name for path in (*staging.iterdir(), *tmp_path.iterdir())} >= {"config.json"}
+    assert list(staging.glob("model*.safetensors"))

@@ -252,3 +252,14 @@ def test_ids_are_those_of_their_tokenizer(name, jaxdp_data, tmp_path):
         plain = ours.encode(text, add_special_tokens=False)
         assert plain == theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids, repr(text)
         assert ours.decode(plain) == theirs.decode(plain, clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "stories260K"])
+def test_a_tokenizer_that_they_saved_has_the_same_ids(name, jaxdp_data, tmp_path):
+    folder = tokenizer_folder(name, jaxdp_data, tmp_path)
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "tokenizer.json").exists()
+    ours, saved = load_tokenizer(folder), load_tokenizer(tmp_path / "saved")
+    assert (saved.eos_id, saved.bos_id, saved.pad_id) == (ours.eos_id, ours.bos_id, ours.pad_id)
+    for text in SAMPLES:
+        assert saved.encode(text) == ours.encode(text)

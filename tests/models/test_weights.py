@@ -133,15 +133,24 @@ def test_every_float_dtype_is_read_exactly(stored, held, tmp_path):
             np.testing.assert_array_equal(leaf.astype(np.float32), expected)
 
 
-def test_a_stacked_leaf_of_two_dtypes_is_held_in_the_wider_one(tmp_path):
+@pytest.mark.parametrize(
+    ("first", "second", "held"),
+    [
+        (np.float16, np.float32, np.float32),
+        (np.float16, ml_dtypes.bfloat16, np.float32),  # neither holds the other
+        (ml_dtypes.float8_e5m2, ml_dtypes.bfloat16, ml_dtypes.bfloat16),
+    ],
+)
+def test_a_stacked_leaf_of_two_dtypes_is_held_in_one_that_has_both(first, second, held, tmp_path):
     folder = copy_of("llama3", tmp_path)
+    names = [f"model.layers.{i}.mlp.gate_proj.weight" for i in range(2)]
     tensors = tensors_of(folder)
-    name = "model.layers.1.mlp.gate_proj.weight"
-    write(folder, {key: tensor if key == name else tensor.astype(np.float16) for key, tensor in tensors.items()})
-    params = load_model(folder, param_dtype=None).params
-    assert params["blocks"]["mlp"]["gate"]["kernel"].dtype == np.float32
-    assert params["blocks"]["mlp"]["up"]["kernel"].dtype == np.float16
-    np.testing.assert_array_equal(params["blocks"]["mlp"]["gate"]["kernel"][1], tensors[name].T)
+    stored = [tensors[name].astype(dtype) for name, dtype in zip(names, (first, second), strict=True)]
+    write(folder, tensors | dict(zip(names, stored, strict=True)))
+    leaf = load_model(folder, param_dtype=None).params["blocks"]["mlp"]["gate"]["kernel"]
+    assert leaf.dtype == held
+    for row, tensor in zip(leaf, stored, strict=True):
+        np.testing.assert_array_equal(row.astype(np.float64), tensor.T.astype(np.float64))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
