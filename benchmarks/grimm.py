@@ -21,7 +21,7 @@ from benchmarks import harness
 from jaxdp.cli import main
 
 SETTINGS = [
-    "--record", "paragraph", "--max-length", "256", "--on-long", "truncate", "--expected-batch-size", "128", "--num-steps", "30",
+    "--record", "paragraph", "--max-length", "128", "--on-long", "truncate", "--expected-batch-size", "128", "--num-steps", "30",
     "--optimizer", "adam", "--learning-rate", "4e-3", "--schedule", "linear", "--l2-clip-norm", "1.0", "--microbatch-size", "32",
 ]  # fmt: skip
 #: The first tale that is held out.
