@@ -9,16 +9,13 @@ settings were tuned on these tales, which are public; on private text the tuning
 from __future__ import annotations
 
 import dataclasses
-import json
-import shlex
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from benchmarks import harness
-from jaxdp.cli import main
+from benchmarks import finetune_runs, harness
 
 SETTINGS = [
     "--record", "paragraph", "--max-length", "128", "--on-long", "truncate", "--expected-batch-size", "128", "--num-steps", "30",
@@ -44,13 +41,6 @@ class Grimm:
     """Privacy goals; a run without privacy comes last."""
 
 
-_REPORTED = (
-    "epsilon", "delta", "neighboring_relation", "accountant", "privacy_unit", "noise_multiplier", "clipping", "sampling_prob",
-    "padded_batch_size", "num_steps", "num_examples", "expected_batch_size", "num_trainable_parameters", "wall_seconds",
-    "peak_host_bytes", "peak_host_bytes_meter",
-)  # fmt: skip
-
-
 def split(text: str) -> tuple[list[str], list[str]]:
     """The paragraphs of the tales before `FIRST_HELD_OUT`, and of the others; titles are no records."""
     paragraphs = [" ".join(paragraph.split()) for paragraph in text.replace("\r\n", "\n").split("\n\n")]
@@ -73,50 +63,34 @@ def run(config: Grimm) -> dict[str, Any]:
         private, public = split(config.text.read_text(encoding="utf-8"))
         for name, paragraphs in (("private.txt", private), ("public.txt", public)):
             (folder / name).write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
-        runs = [
-            _finetune(config, folder, f"epsilon-{goal:g}", ["--target-epsilon", f"{goal:g}"])
-            for goal in config.epsilons
+        goals = {f"epsilon-{goal:g}": ["--target-epsilon", f"{goal:g}"] for goal in config.epsilons}
+        goals["no-privacy"] = ["--no-privacy"]
+        rows = [
+            finetune_runs.finetune(
+                config.model, folder / "private.txt", folder / "public.txt", [*SETTINGS, *goal], out=folder / name
+            )
+            for name, goal in goals.items()
         ]
-        runs.append(_finetune(config, folder, "no-privacy", ["--no-privacy"]))
+    versions, rows = finetune_runs.without_versions(rows)
     record = {
         "benchmark": "perplexity on held-out tales of Grimm, after private fine-tuning on the others",
         "model": config.model.name,
         "num_training_paragraphs": len(private),
         "num_held_out_paragraphs": len(public),
-        "perplexity_before": runs[0]["perplexity_before"],
+        "perplexity_before": rows[0]["before"]["perplexity"],
         "machine": harness.machine(),
-        "versions": runs[0].pop("versions"),
-        "runs": [{name: value for name, value in run.items() if name != "versions"} for run in runs],
+        "versions": versions,
+        "runs": [{**row, "fall": 1 - row["after"]["perplexity"] / row["before"]["perplexity"]} for row in rows],
     }
     if config.json is not None:
         harness.write_json(config.json, record)
     return record
 
 
-def _finetune(config: Grimm, folder: Path, name: str, goal: list[str]) -> dict[str, Any]:
-    arguments = ["finetune", "--model", str(config.model), "--data", str(folder / "private.txt")]
-    arguments += ["--eval", str(folder / "public.txt"), *SETTINGS, *goal]
-    main([*arguments, "--out", str(folder / name)])
-    report = json.loads((folder / name / "report.json").read_text())
-    before, after = (report["evaluation"][when]["perplexity"] for when in ("before", "after"))
-    shown = ["jaxdp", *arguments]
-    shown[3], shown[5], shown[7] = config.model.name, "private.txt", "public.txt"
-    return {
-        "command": shlex.join(shown),
-        "perplexity_before": before,
-        "perplexity_after": after,
-        "fall": 1 - after / before,
-        **{key: report[key] for key in _REPORTED},
-        "settings": report["settings"],
-        "tokens_per_second": report["not_private"]["tokens_per_second"],
-        "versions": report["versions"],
-    }
-
-
 if __name__ == "__main__":
-    for result in run(tyro.cli(Grimm))["runs"]:
-        epsilon = "none" if result["epsilon"] is None else f"{result['epsilon']:.3g}"
+    for row in run(tyro.cli(Grimm))["runs"]:
+        before, after = (row[when]["perplexity"] for when in ("before", "after"))
         print(
-            f"epsilon {epsilon}: perplexity {result['perplexity_before']:.2f} to {result['perplexity_after']:.2f} "
-            f"({result['fall']:.1%} lower) in {result['wall_seconds']:.0f} s"
+            f"{finetune_runs.goal_of(row)}: perplexity {before:.2f} to {after:.2f} ({row['fall']:.1%} lower) in "
+            f"{row['wall_seconds']:.0f} s"
         )

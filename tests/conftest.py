@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import tempfile
 
 import hypothesis
 import jax
@@ -15,6 +16,16 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 matplotlib.use("Agg")
+
+# One cache for all workers and the processes that they start: most of the suite's time is compilation, much of it repeated.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    compilation_cache = tempfile.TemporaryDirectory(prefix="jaxdp-tests-", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compilation_cache.name  # workers inherit it
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update(
+    "jax_persistent_cache_min_compile_time_secs", float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
+)
 hypothesis.settings.register_profile("jaxdp", deadline=None, max_examples=50, derandomize=True)
 hypothesis.settings.load_profile("jaxdp")
 

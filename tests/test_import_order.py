@@ -6,19 +6,20 @@ import pathlib
 ROOT = pathlib.Path(__file__).parent.parent
 
 FLOORS = {
-    0: ["pallas_kernels", "jaxdp._typing", "jaxdp._validate"],
+    0: ["pallas_kernels", "jaxdp._typing", "jaxdp._validate", "jaxdp.block_model"],
     1: [
         "jaxdp.sampling",
         "jaxdp.clipping",
         "jaxdp.noise",
         "jaxdp.accounting",
+        "jaxdp.quantization",
         "jaxdp.models",
         "jaxdp.datasets",
         "jaxdp.text",
     ],
     2: ["jaxdp.mechanism", "jaxdp.gradients"],
     3: ["jaxdp.transforms", "jaxdp.checkpointing"],
-    4: ["jaxdp.training"],
+    4: ["jaxdp.training", "jaxdp.zeroth_order"],
     5: ["jaxdp"],
     6: ["jaxdp.cli"],  # a client of the public surface
     7: ["jaxdp.__main__"],

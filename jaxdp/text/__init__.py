@@ -1,5 +1,6 @@
 """Records of text from files, their tokens as arrays of one shape, and losses over them."""
 
+from jaxdp.text.blocks import choice_blocks as choice_blocks, language_model_blocks as language_model_blocks
 from jaxdp.text.choices import encode_choices as encode_choices
 from jaxdp.text.completions import encode_completions as encode_completions
 from jaxdp.text.encoding import (

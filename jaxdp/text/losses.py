@@ -45,8 +45,7 @@ def language_model_loss(logits_fn: LogitsFn, example: Mapping[str, jax.Array]) -
         example: One row of `encode_texts` or `encode_completions`: `tokens [S, L]` and `weights [S, L]`.
     """
     log_likelihoods = jax.vmap(lambda tokens: token_log_likelihoods(logits_fn(tokens), tokens))(example["tokens"])
-    weights = example["weights"]
-    return -weighted_sum(log_likelihoods, weights) / jnp.maximum(jnp.sum(weights), 1.0)
+    return -weighted_mean(log_likelihoods, example["weights"])
 
 
 def choice_scores(logits_fn: LogitsFn, example: Mapping[str, jax.Array]) -> jax.Array:
@@ -59,8 +58,7 @@ def choice_scores(logits_fn: LogitsFn, example: Mapping[str, jax.Array]) -> jax.
     if "choices" not in example:
 
         def score(tokens, weights):
-            total = weighted_sum(token_log_likelihoods(logits_fn(tokens), tokens), weights)
-            return total / jnp.maximum(jnp.sum(weights), 1.0)
+            return weighted_mean(token_log_likelihoods(logits_fn(tokens), tokens), weights)
 
         return jax.vmap(jax.vmap(score))(example["tokens"], example["weights"])
 
@@ -78,10 +76,19 @@ def choice_loss(logits_fn: LogitsFn, example: Mapping[str, jax.Array]) -> jax.Ar
         logits_fn: `tokens [L] -> [L, V]`, causal.
         example: One row of `encode_choices`, in either of its forms.
     """
-    log_probs = jax.nn.log_softmax(choice_scores(logits_fn, example), axis=-1)  # [S, C]
+    return loss_of_scores(choice_scores(logits_fn, example), example)
+
+
+def loss_of_scores(scores: jax.Array, example: Mapping[str, jax.Array]) -> jax.Array:
+    """`choice_loss` from the scores `[S, C]`."""
+    log_probs = jax.nn.log_softmax(scores, axis=-1)  # [S, C]
     chosen = jnp.take_along_axis(log_probs, example["label"][:, None], axis=-1)[:, 0]  # [S]
-    weights = example["is_example"].astype(jnp.float32)
-    return -weighted_sum(chosen, weights) / jnp.maximum(jnp.sum(weights), 1.0)
+    return -weighted_mean(chosen, example["is_example"].astype(jnp.float32))
+
+
+def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
+    """`weighted_sum` over the sum of the weights, which are 0 or 1; 0 without weights."""
+    return weighted_sum(values, weights) / jnp.maximum(jnp.sum(weights), 1.0)
 
 
 def weighted_sum(values: jax.Array, weights: jax.Array) -> jax.Array:

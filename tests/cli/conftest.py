@@ -70,18 +70,13 @@ def texts(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def compilation_cache(tmp_path_factory) -> pathlib.Path:
-    """A run that is killed and resumed, or repeated, need not compile again."""
-    return tmp_path_factory.mktemp("compilation-cache")
-
-
 @pytest.fixture
-def user_environment(compilation_cache) -> dict[str, str]:
-    """Nothing of the test's own configuration."""
+def user_environment() -> dict[str, str]:
+    """Nothing of the test's own configuration, but for the cache: a run that is killed and resumed need not compile again."""
     root = str(pathlib.Path(__file__).parents[2])
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
-    return kept | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(compilation_cache)}
+    cache = {k: v for k, v in os.environ.items() if "CACHE" in k}
+    return kept | cache | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
 
 
 @pytest.fixture

@@ -1,0 +1,192 @@
+"""The compiled programs of a run. A model has one set of them, however many blocks it has.
+
+They are compiled for what `Spec` holds, and so shared by all runs that agree on it. Blocks come and go as buckets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxdp._typing import Batch, Params
+from jaxdp.block_model import BlockModel
+from jaxdp.models.trainable import join
+from jaxdp.zeroth_order import buckets, directions, updates
+from jaxdp.zeroth_order.buckets import Bucket, Layout
+from jaxdp.zeroth_order.directions import Law
+from jaxdp.zeroth_order.estimators import Estimator
+from jaxdp.zeroth_order.updates import Pending, Rounding, Scalars, Sgd
+
+#: Address of the leaves that belong to no block.
+_RESIDENT = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What the programs are compiled for; `make_step` describes the fields.
+
+    Attributes:
+        layout: Of the trained blocks.
+        frozen_layout: Of the frozen blocks; None without them.
+    """
+
+    model: BlockModel
+    sgd: Sgd
+    estimator: Estimator
+    law: Law
+    rounding: Rounding
+    layout: Layout
+    frozen_layout: Layout | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What every program of one step reads.
+
+    Attributes:
+        pending: The updates that wait.
+        root: Words of the direction key.
+        step: Index of this step, uint32.
+        batch: Examples `[B, ...]`.
+        frozen: Frozen leaves that belong to no block; None without them.
+    """
+
+    pending: Pending
+    root: jax.Array
+    step: Any
+    batch: Batch
+    frozen: Params
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def start(spec: Spec, resident: Params, context: Context) -> tuple[Params, Any]:
+    """The resident leaves with their updates, and the streams that enter the first block."""
+    resident = _applied(spec, resident, context.pending, context.root, _RESIDENT)
+    return resident, _probed(spec, spec.model.embed, resident, None, context.frozen, context, _RESIDENT)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
+def visit_and_write(
+    spec: Spec, bucket: Bucket, streams: Any, index: jax.Array, frozen: Bucket | None, context: Context
+) -> tuple[Bucket, Any, jax.Array]:
+    """One block: its updates, in place, and the perturbed passes; the index of the next one."""
+    return _visit(spec, bucket, streams, index, frozen, context)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def visit_and_keep(
+    spec: Spec, bucket: Bucket, streams: Any, index: jax.Array, frozen: Bucket | None, context: Context
+) -> tuple[None, Any, jax.Array]:
+    """The same, with the updates applied for this visit only."""
+    return None, *_visit(spec, bucket, streams, index, frozen, context)[1:]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def finish(
+    spec: Spec, resident: Params, streams: Any, context: Context, mask: jax.Array
+) -> tuple[Scalars, jax.Array, jax.Array]:
+    """The scalars of the step, its mean loss, and how many examples had none."""
+    lifted = _probed(spec, spec.model.loss, resident, streams, context.frozen, context, _RESIDENT)
+    projected, losses = spec.estimator.results(lifted)  # [K, B], [B]
+    is_finite = jnp.all(jnp.isfinite(projected), axis=0) & jnp.isfinite(losses)
+    counts = ~mask & is_finite
+    total = jnp.sum(jnp.where(counts[None], projected, 0.0), axis=1)  # zeroed before any product (S9)
+    num = jnp.maximum(jnp.sum(counts), 1).astype(jnp.float32)
+    loss = jnp.sum(jnp.where(counts, losses, 0.0)) / num
+    return updates.scalars(spec.sgd, total / num, context.step), loss, jnp.sum(~mask & ~is_finite)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def append(sgd: Sgd, pending: Pending, new: Scalars, step: Any) -> Pending:
+    """The updates that wait, with the new one."""
+    return updates.appended(pending, sgd, new, step)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+def settle(
+    law: Law, rounding: Rounding, layout: Layout, bucket: Bucket, index: jax.Array, pending: Pending, root: jax.Array
+) -> tuple[Bucket, jax.Array]:
+    """One block with its updates, in place; the index of the next one."""
+    params = updates.applied(
+        pending, buckets.unpacked(layout, bucket), law=law, root=root, block=_address(index), rounding=rounding
+    )
+    return buckets.replaced(layout, bucket, params), index + 1
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def settle_resident(law: Law, rounding: Rounding, resident: Params, pending: Pending, root: jax.Array) -> Params:
+    """The resident leaves with their updates."""
+    return updates.applied(pending, resident, law=law, root=root, block=jnp.uint32(_RESIDENT), rounding=rounding)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def enter(model: BlockModel, resident: Params, frozen: Params, batch: Batch) -> Any:
+    """What enters the first block, unperturbed."""
+    return _on_batch(model.embed, frozen, batch)(resident, None)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def advance(
+    spec: Spec, bucket: Bucket, hidden: Any, index: jax.Array, frozen: Bucket | None, batch: Batch
+) -> tuple[None, Any, jax.Array]:
+    """One block, unperturbed."""
+    block = _on_batch(spec.model.block, _frozen(spec, frozen), batch)
+    return None, block(buckets.unpacked(spec.layout, bucket), hidden), index + 1
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def leave(model: BlockModel, resident: Params, frozen: Params, hidden: Any, batch: Batch) -> jax.Array:
+    """The losses `[B]` behind the last block, unperturbed."""
+    return _on_batch(model.loss, frozen, batch)(resident, hidden)
+
+
+def _visit(
+    spec: Spec, bucket: Bucket, streams: Any, index: jax.Array, frozen: Bucket | None, context: Context
+) -> tuple[Bucket, Any, jax.Array]:
+    block = _address(index)
+    params = _applied(spec, buckets.unpacked(spec.layout, bucket), context.pending, context.root, block)
+    streams = _probed(spec, spec.model.block, params, streams, _frozen(spec, frozen), context, block)
+    return buckets.replaced(spec.layout, bucket, params), streams, index + 1
+
+
+def _applied(spec: Spec, params: Params, pending: Pending, root: jax.Array, block: Any) -> Params:
+    return updates.applied(
+        pending, params, law=spec.law, root=root, block=jnp.asarray(block, jnp.uint32), rounding=spec.rounding
+    )
+
+
+def _probed(
+    spec: Spec, fun: Callable[..., Any], params: Params, streams: Any, frozen: Params, context: Context, block: Any
+) -> Any:
+    def direction(k: jax.Array) -> Params:
+        return directions.leaf_directions(
+            spec.law, context.root, step=context.step, k=k, block=jnp.asarray(block, jnp.uint32), shapes=params
+        )
+
+    return spec.estimator.lift(_on_batch(fun, frozen, context.batch), params, direction, streams)
+
+
+def _on_batch(fun: Callable[..., Any], frozen: Params, batch: Batch) -> Callable[[Params, Any], Any]:
+    """A part of the model on a batch, with the frozen parameters joined in."""
+
+    def on_batch(params: Params, hidden: Any) -> Any:
+        whole = params if frozen is None else join(params, frozen)
+        if hidden is None:
+            return jax.vmap(lambda example: fun(whole, example))(batch)
+        return jax.vmap(lambda hidden, example: fun(whole, hidden, example))(hidden, batch)
+
+    return on_batch
+
+
+def _frozen(spec: Spec, bucket: Bucket | None) -> Params:
+    return None if spec.frozen_layout is None or bucket is None else buckets.unpacked(spec.frozen_layout, bucket)
+
+
+def _address(index: jax.Array) -> jax.Array:
+    return index.astype(jnp.uint32) + jnp.uint32(1)

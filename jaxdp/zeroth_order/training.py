@@ -1,0 +1,290 @@
+"""Zeroth-order training: `init`, `step` and `flush` over a model whose blocks pass through the device one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdp import _validate
+from jaxdp._typing import Batch, Key, Params
+from jaxdp.block_model import BlockModel, BlockParams
+from jaxdp.zeroth_order import buckets, directions, programs, updates
+from jaxdp.zeroth_order.buckets import Layout
+from jaxdp.zeroth_order.directions import Law, Rademacher
+from jaxdp.zeroth_order.estimators import Estimator, TwoSided
+from jaxdp.zeroth_order.programs import Context, Spec
+from jaxdp.zeroth_order.streaming import Placement, on_device, pass_through
+from jaxdp.zeroth_order.updates import Pending, Rounding, Scalars, Sgd
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """A run whose parameters are what they should be: every update has been applied.
+
+    Attributes:
+        resident: Leaves on the device that belong to no block.
+        blocks: A bucket for each block, where the blocks wait.
+        pending: Without entries. It carries the momentum.
+        direction_words: Of the direction key. Public.
+        step: Index of the next step.
+        layout: Of the buckets.
+        frozen: What is read and never changed, if anything.
+    """
+
+    resident: Params
+    blocks: tuple[Any, ...] = dataclasses.field(repr=False)
+    pending: Pending = dataclasses.field(repr=False)
+    direction_words: jax.Array
+    step: int
+    layout: Layout = dataclasses.field(repr=False)
+    frozen: Frozen | None = dataclasses.field(repr=False, default=None)
+
+    def params(self) -> BlockParams:
+        """The trained parameters, as NumPy arrays: `resident`, and `blocks` stacked `[N, ...]`."""
+        return BlockParams(jax.device_get(self.resident), buckets.stacked_again(self.layout, list(self.blocks)))
+
+
+@dataclasses.dataclass(frozen=True)
+class DeferredState:
+    """A run between two steps: its last updates wait for the next visit of each block (S16).
+
+    It has no parameters to give: they are those of `flush(state)`.
+    """
+
+    waiting: State
+    num_pending: int
+
+    @property
+    def step(self) -> int:
+        """Index of the next step."""
+        return self.waiting.step
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """Parameters that are read and never changed, such as the weights below adapters."""
+
+    resident: Params
+    blocks: tuple[Any, ...]
+    layout: Layout | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepInfo:
+    """What a step reports.
+
+    Attributes:
+        scalars: What it adds to the trajectory.
+        loss: Mean over the batch of the perturbed losses (of the loss itself under OneSided and ForwardMode).
+        num_dropped: Examples with a non-finite loss, which count as absent.
+    """
+
+    scalars: Scalars
+    loss: jax.Array
+    num_dropped: jax.Array
+
+
+class Steps(NamedTuple):
+    """The functions of a run; `make_step` describes them."""
+
+    init: Callable[..., State]
+    step: Callable[..., tuple[DeferredState, StepInfo]]
+    flush: Callable[[State | DeferredState], State]
+    losses: Callable[[State, Batch], jax.Array]
+    replay: Callable[[State | DeferredState, Scalars], DeferredState]
+    recipe: dict[str, Any]
+
+
+def make_step(
+    model: BlockModel,
+    sgd: Sgd,
+    *,
+    estimator: Estimator | None = None,
+    law: Law | None = None,
+    placement: Placement | None = None,
+    write_every: int = 1,
+    rounding: Rounding = "nearest",
+) -> Steps:
+    """Makes the functions of a zeroth-order run: MeZO (arXiv 2305.17333), streamed as in ZO2 (arXiv 2503.12668).
+
+        g_k = mean_i projected gradient of example i along z_k;    w <- w - lr sum_k g_k z_k / K
+
+    Each visit of a block applies the updates that wait for it, then runs the perturbed passes of all K directions: one arrival
+    serves everything. The update of a step is applied at the next step's visit, with the numbers of its own step.
+
+    **Guarantee**: with one set of options, streamed and resident runs, and the replay of their scalars, have the same parameters
+    bit for bit, whatever the prefetch depth.
+
+    Args:
+        model: The loss of one example, in parts.
+        sgd: How scalars become an update.
+        estimator: How the model is probed; `TwoSided()` by default.
+        law: What directions are drawn from; `Rademacher()` by default.
+        placement: Where blocks wait; on the device by default.
+        write_every: Visits between two write-backs of a block. The updates between are applied afresh at every visit, at the price
+            of drawing their directions again; narrow dtypes are then rounded that much less often.
+        rounding: Of parameters narrower than float32 when they are written, "nearest" or "stochastic". Nearest loses updates
+            below half a unit in the last place (S19).
+
+    Returns:
+        `init(params, *, direction_key, frozen=None) -> State`. `params` are `BlockParams` of arrays, on the host if they are
+        large; each block is copied to its place. `frozen` are further `BlockParams`, nested dicts that the model's functions get
+        joined with the trained ones; the trained blocks then stay on the device, and frozen ones travel one way.
+
+        `step(state, batch, is_padding_example=None) -> (DeferredState, StepInfo)` takes either kind of state and consumes it:
+        its arrays are changed in place or deleted. An interrupted step leaves no state; replay the trajectory.
+
+        `flush(state) -> State` applies what waits, and consumes a `DeferredState`. A `State` is returned as it is.
+
+        `losses(state, batch) -> [B]`, without perturbation. It takes a `State` only.
+
+        `replay(state, scalars) -> DeferredState` does what the step that reported `scalars` did to the parameters.
+
+        `recipe` is a dict for JSON: all that, with base parameters, direction key and scalars, decides the parameters.
+    """
+    estimator = TwoSided() if estimator is None else estimator
+    law = Rademacher() if law is None else law
+    placement = Placement() if placement is None else placement
+    placement.check()
+    write_every = _validate.positive_integer("write_every", write_every)
+    _validate.one_of("rounding", rounding, ("nearest", "stochastic"))
+
+    def spec_of(state: State) -> Spec:
+        frozen_layout = None if state.frozen is None else state.frozen.layout
+        return Spec(model, sgd, estimator, law, rounding, state.layout, frozen_layout)
+
+    def stores(state: State) -> tuple[list[Any], list[tuple[list[Any], Placement]]]:
+        blocks = list(state.blocks)
+        if state.frozen is None or state.frozen.layout is None:
+            return blocks, [(blocks, placement), ([None] * len(blocks), Placement(False, placement.prefetch))]
+        return blocks, [(blocks, Placement(False, placement.prefetch)), (list(state.frozen.blocks), placement)]
+
+    def init(params: BlockParams, *, direction_key: Key, frozen: BlockParams | None = None) -> State:
+        resident, stacked = params
+        _validate.floating_params(resident, name="resident")
+        layout, num_blocks = buckets.layout_of(stacked)
+        waits = placement if frozen is None or not jax.tree.leaves(frozen.blocks) else Placement(False)
+        kept = None
+        if frozen is not None:
+            kept = _frozen(frozen, num_blocks, placement)
+        return State(
+            resident=on_device(jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), resident)),
+            blocks=tuple(waits.store(buckets.packed(layout, stacked, i)) for i in range(num_blocks)),
+            pending=on_device(updates.nothing_pending(sgd, estimator.num_directions, write_every)),
+            direction_words=on_device(jnp.array(directions.words_of(direction_key), copy=True)),
+            step=0,
+            layout=layout,
+            frozen=kept,
+        )
+
+    def step(
+        state: State | DeferredState, batch: Batch, is_padding_example: Any = None
+    ) -> tuple[DeferredState, StepInfo]:
+        state, num_pending = _opened(state)
+        directions.check_step(state.step)
+        mask = jnp.zeros(_validate.batch_axis(batch), bool)
+        if is_padding_example is not None:
+            mask = _validate.padding_mask(is_padding_example, _validate.batch_axis(batch))
+        batch = on_device(batch)
+        index, spec = np.uint32(state.step), spec_of(state)
+        frozen = None if state.frozen is None else state.frozen.resident
+        context = Context(state.pending, state.direction_words, index, batch, frozen)
+        is_written = num_pending == write_every
+        visit = programs.visit_and_write if is_written else programs.visit_and_keep
+        resident, streams = programs.start(spec, state.resident, context)
+        blocks, stored = stores(state)
+        streams = pass_through(
+            lambda arrived, streams, i: visit(spec, arrived[0], streams, i, arrived[1], context),
+            stored,
+            streams,
+            is_written=is_written,
+        )
+        new, loss, num_dropped = programs.finish(spec, resident, streams, context, mask)
+        pending = updates.cleared(state.pending) if is_written else state.pending
+        pending = programs.append(sgd, pending, new, index)
+        waiting = dataclasses.replace(
+            state,
+            resident=resident if is_written else state.resident,
+            blocks=tuple(blocks),
+            pending=pending,
+            step=state.step + 1,
+        )
+        return DeferredState(waiting, 1 if is_written else num_pending + 1), StepInfo(new, loss, num_dropped)
+
+    def flush(state: State | DeferredState) -> State:
+        if isinstance(state, State):
+            return state
+        state, num_pending = _opened(state)
+        assert num_pending > 0  # a step leaves its own update
+        pending, root = state.pending, state.direction_words
+
+        def settle(arrived: tuple[Any, ...], carry: None, index: Any) -> tuple[Any, None, Any]:
+            bucket, following = programs.settle(law, rounding, state.layout, arrived[0], index, pending, root)
+            return bucket, None, following
+
+        blocks, stored = stores(state)
+        pass_through(settle, stored[:1], None, is_written=True)
+        return dataclasses.replace(
+            state,
+            resident=programs.settle_resident(law, rounding, state.resident, pending, root),
+            blocks=tuple(blocks),
+            pending=updates.cleared(pending),
+        )
+
+    def replay(state: State | DeferredState, scalars: Scalars) -> DeferredState:
+        state, num_pending = _opened(state)
+        if num_pending == write_every:
+            state, num_pending = flush(DeferredState(state, num_pending)), 0
+        pending = programs.append(sgd, state.pending, on_device(scalars), np.uint32(state.step))
+        return DeferredState(dataclasses.replace(state, pending=pending, step=state.step + 1), num_pending + 1)
+
+    def losses(state: State, batch: Batch) -> jax.Array:
+        if not isinstance(state, State):
+            raise TypeError(
+                f"losses needs a State, got {type(state).__name__}: its last update has not reached the blocks; call flush first."
+            )
+        batch = on_device(batch)
+        spec, frozen = spec_of(state), None if state.frozen is None else state.frozen.resident
+        hidden = pass_through(
+            lambda arrived, hidden, i: programs.advance(spec, arrived[0], hidden, i, arrived[1], batch),
+            stores(state)[1],
+            programs.enter(model, state.resident, frozen, batch),
+            is_written=False,
+        )
+        return programs.leave(model, state.resident, frozen, hidden, batch)
+
+    recipe = {
+        "law": {"name": type(law).__name__, **dataclasses.asdict(law)},
+        "num_directions": estimator.num_directions,
+        "weight_decay": sgd.weight_decay,
+        "momentum": sgd.momentum,
+        "momentum_window": sgd.num_terms,
+        "write_every": write_every,
+        "rounding": rounding,
+    }
+    return Steps(init, step, flush, losses, replay, recipe)
+
+
+def _opened(state: Any) -> tuple[State, int]:
+    if isinstance(state, State):
+        return state, 0
+    if isinstance(state, DeferredState):
+        return state.waiting, state.num_pending
+    raise TypeError(f"state must be the State of init or flush, or that of the last step; got {type(state).__name__}.")
+
+
+def _frozen(frozen: BlockParams, num_blocks: int, placement: Placement) -> Frozen:
+    resident = on_device(frozen.resident)
+    if not jax.tree.leaves(frozen.blocks):
+        return Frozen(resident, (), None)
+    layout, found = buckets.layout_of(frozen.blocks)
+    if found != num_blocks:
+        raise ValueError(f"frozen has {found} blocks and params {num_blocks}; stack the leaves of all blocks in both.")
+    blocks = tuple(placement.store(buckets.packed(layout, frozen.blocks, i)) for i in range(num_blocks))
+    return Frozen(resident, blocks, layout)
