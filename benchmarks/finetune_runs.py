@@ -31,7 +31,8 @@ def finetune(model: Path, data: Path, held_out: Path, options: list[str], *, out
     ]
     return {
         "command": shlex.join(["jaxdp", *shown]),
-        **report["evaluation"],
+        "before": report["evaluation"]["before"],
+        "after": report["evaluation"]["after"],
         **{name: report[name] for name in _REPORTED},
         "settings": report["settings"],
         "tokens_per_second": report["not_private"]["tokens_per_second"],

@@ -268,7 +268,7 @@ def test_a_goal_that_any_noise_meets_gets_the_least():
     plan = jaxdp.plan(
         num_examples=1000,
         sampling_prob=1e-7,
-        num_steps=50,
+        num_steps=2,
         clipping=jaxdp.flat(1.0),
         target_epsilon=1.0,
         target_delta=1e-4,

@@ -1,6 +1,5 @@
 """The README tells the truth: its commands and its code run as they stand."""
 
-import os
 import pathlib
 import re
 import shlex
@@ -8,6 +7,8 @@ import subprocess
 import sys
 
 import pytest
+
+from tests.processes import user_environment
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -20,11 +21,6 @@ def blocks(language: str) -> list[str]:
 def commands() -> list[str]:
     lines = "\n".join(blocks("bash")).splitlines()
     return [line.split("#")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
-
-
-def environment() -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
-    return kept | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 
 
 def jaxdp_commands() -> list[str]:
@@ -41,7 +37,7 @@ def run(command: str, folder: pathlib.Path) -> str:
     result = subprocess.run(
         [sys.executable, *shlex.split(command)[1:]],
         cwd=folder,
-        env=environment(),
+        env=user_environment(),
         capture_output=True,
         text=True,
         timeout=300,
@@ -78,7 +74,7 @@ def test_the_code_runs_as_one_program(tmp_path):
     result = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", program],
         cwd=tmp_path,
-        env=environment(),
+        env=user_environment(),
         capture_output=True,
         text=True,
         timeout=300,

@@ -89,21 +89,27 @@ def packed(layout: Layout, stacked: Params, index: int) -> Bucket:
 
 def unpacked(layout: Layout, bucket: Bucket) -> Params:
     """The leaves of a bucket; NumPy gives views."""
-    return layout.treedef.unflatten(
-        [
-            bucket[dtype][offset : offset + size].reshape(shape)
-            for shape, dtype, offset, size in zip(
-                layout.shapes, layout.dtypes, layout.offsets, layout.sizes, strict=True
-            )
-        ]
-    )
+    return layout.treedef.unflatten([leaf(layout, bucket, i) for i in range(len(layout.shapes))])
+
+
+def leaf(layout: Layout, bucket: Bucket, number: int) -> Any:
+    """One leaf of a bucket."""
+    begin = layout.offsets[number]
+    flat = bucket[layout.dtypes[number]]
+    return flat[begin : begin + layout.sizes[number]].reshape(layout.shapes[number])
+
+
+def with_leaf(layout: Layout, bucket: Bucket, number: int, value: jax.Array) -> Bucket:
+    """The bucket with another leaf; a donated bucket is changed in place."""
+    dtype = layout.dtypes[number]
+    flat = jax.lax.dynamic_update_slice(bucket[dtype], value.reshape(-1), (layout.offsets[number],))
+    return {**bucket, dtype: flat}
 
 
 def replaced(layout: Layout, bucket: Bucket, block: Params) -> Bucket:
-    """The bucket with other leaves, written one by one, so that a donated bucket is changed in place."""
-    bucket = dict(bucket)
-    for leaf, dtype, offset in zip(jax.tree.leaves(block), layout.dtypes, layout.offsets, strict=True):
-        bucket[dtype] = jax.lax.dynamic_update_slice(bucket[dtype], leaf.reshape(-1), (offset,))
+    """The bucket with other leaves."""
+    for number, value in enumerate(jax.tree.leaves(block)):
+        bucket = with_leaf(layout, bucket, number, value)
     return bucket
 
 

@@ -80,9 +80,16 @@ Law: TypeAlias = Rademacher | Gaussian | LowRank
 
 
 def leaf_directions(
-    law: Law, root: jax.Array, *, step: jax.Array, k: jax.Array, block: jax.Array, shapes: Params
+    law: Law,
+    root: jax.Array,
+    *,
+    step: jax.Array,
+    k: jax.Array,
+    block: jax.Array,
+    shapes: Params,
+    only: int | None = None,
 ) -> Params:
-    """The direction of one block: a float32 pytree.
+    """The direction of one block, a float32 pytree; or of its leaf number `only`.
 
     Args:
         law: What is drawn.
@@ -94,27 +101,31 @@ def leaf_directions(
     """
     leaves, treedef = jax.tree.flatten(shapes)
     sizes = [math.prod(leaf.shape) for leaf in leaves]
+    chosen = range(len(leaves)) if only is None else (only,)
     key = _key(root, step, k, block)
     if isinstance(law, Rademacher):
-        flat = _leaf_signs(key, sizes)
+        flat = _leaf_signs(key, sizes, chosen)
     elif isinstance(law, Gaussian):
-        flat = [_normals(*pair) for pair in _leaf_words(key, sizes)]
+        flat = [_normals(*pair) for pair in _leaf_words(key, sizes, chosen)]
     else:
         refresh = jnp.asarray(step, jnp.uint32) // jnp.uint32(law.refresh_every)
         subspace = _key(root, jnp.uint32(_SUBSPACE_STREAM), refresh, block)
-        flat = _low_rank(law.rank, key, subspace, [leaf.shape for leaf in leaves])
-    return treedef.unflatten([_shaped(z, leaf.shape) for z, leaf in zip(flat, leaves, strict=True)])
+        flat = _low_rank(law.rank, key, subspace, [leaf.shape for leaf in leaves], chosen)
+    shaped = [_shaped(z, leaves[i].shape) for z, i in zip(flat, chosen, strict=True)]
+    return treedef.unflatten(shaped) if only is None else shaped[0]
 
 
-def rounding_bits(root: jax.Array, *, step: jax.Array, block: jax.Array, shapes: Params) -> Params:
-    """16 random bits for every entry of one block, uint32, of a stream that no direction reads; arguments as above."""
-    leaves, treedef = jax.tree.flatten(shapes)
-    sizes = [math.prod(leaf.shape) for leaf in leaves]
+def is_small(shapes: Params) -> bool:
+    """Whether a block is so small that its leaves are best drawn together: compiling then takes longer than drawing."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) <= _AT_ONCE
+
+
+def rounding_bits(root: jax.Array, *, step: jax.Array, block: jax.Array, shapes: Params, only: int) -> jax.Array:
+    """16 random bits for every entry of a leaf, uint32, of a stream that no direction reads; arguments as above."""
+    leaves = jax.tree.leaves(shapes)
     key = _key(root, jnp.uint32(_ROUNDING_STREAM), step, block)
-    words = _leaf_words(key, sizes)
-    return treedef.unflatten(
-        [_shaped(high >> jnp.uint32(16), leaf.shape) for (high, _), leaf in zip(words, leaves, strict=True)]
-    )
+    ((high, _),) = _leaf_words(key, [math.prod(leaf.shape) for leaf in leaves], (only,))
+    return _shaped(high >> jnp.uint32(16), leaves[only].shape)
 
 
 def check_step(step: int) -> None:
@@ -139,11 +150,11 @@ def _key(root: jax.Array, *path: jax.Array) -> jax.Array:
     return root
 
 
-def _leaf_words(key: jax.Array, counters: Sequence[int]) -> list[tuple[jax.Array, jax.Array]]:
-    """Both words of the cipher at every counter of each leaf: the leaves share one counter, one stretch after the other."""
+def _leaf_words(key: jax.Array, counters: Sequence[int], chosen: Sequence[int]) -> list[tuple[jax.Array, jax.Array]]:
+    """Both words of the cipher at every counter of the chosen leaves: the leaves share one counter, one after the other."""
     first = list(itertools.accumulate(counters, initial=0))
-    if first[-1] > _AT_ONCE:
-        return [_words(key, begin, size) for begin, size in zip(first[:-1], counters, strict=True)]
+    if first[-1] > _AT_ONCE or len(chosen) < len(counters):
+        return [_words(key, first[i], counters[i]) for i in chosen]
     # A small block in one run of the cipher, which takes seconds less to compile than one for each leaf.
     high, low = _stored_words(key, 0, first[-1])
     return [(high[begin:end], low[begin:end]) for begin, end in itertools.pairwise(first)]
@@ -171,19 +182,20 @@ def _counters(first: int, size: int) -> tuple[jax.Array, jax.Array]:
     return high, low
 
 
-def _leaf_signs(key: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
-    """Entry e of n is bit e // m of word e % m, for the m words of ceil(n / 64) counters: whole words stay side by side."""
+def _leaf_signs(key: jax.Array, sizes: Sequence[int], chosen: Sequence[int]) -> list[jax.Array]:
+    """Entry e is bit e % 32 of word e // 32; the words of a counter are neighbors."""
     counters = [-(-size // 64) for size in sizes]
     first = list(itertools.accumulate(counters, initial=0))
-    if first[-1] <= _AT_ONCE:
-        pairs = _leaf_words(key, counters)
-    else:
-        pairs = [_stored_words(key, begin, size) for begin, size in zip(first[:-1], counters, strict=True)]
-    numbers = jnp.arange(32, dtype=jnp.uint32)[:, None]
+    if first[-1] <= _AT_ONCE and len(chosen) == len(counters):
+        pairs = _leaf_words(key, counters, chosen)
+    else:  # stored: each word is read 32 times
+        pairs = [_stored_words(key, first[i], counters[i]) for i in chosen]
+    numbers = jnp.arange(32, dtype=jnp.uint32)[None]
     signs = []
-    for size, words in zip(sizes, pairs, strict=True):
-        bits = (jnp.concatenate(words)[None] >> numbers) & jnp.uint32(1)  # [32, m]
-        signs.append((1 - 2 * bits.astype(jnp.int32)).astype(jnp.float32).reshape(-1)[:size])
+    for i, pair in zip(chosen, pairs, strict=True):
+        words = jnp.stack(pair, axis=-1).reshape(-1, 1)
+        bits = (words >> numbers) & jnp.uint32(1)  # [words, 32]
+        signs.append((1 - 2 * bits.astype(jnp.int32)).astype(jnp.float32).reshape(-1)[: sizes[i]])
     return signs
 
 
@@ -194,13 +206,15 @@ def _normals(high: jax.Array, low: jax.Array) -> jax.Array:
     return (2 * units.astype(jnp.int32) + jnp.int32(1 - 2 * _CENTER)).astype(jnp.float32) * np.float32(0.5 * _UNIT)
 
 
-def _low_rank(rank: int, key: jax.Array, subspace: jax.Array, shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
+def _low_rank(
+    rank: int, key: jax.Array, subspace: jax.Array, shapes: Sequence[tuple[int, ...]], chosen: Sequence[int]
+) -> list[jax.Array]:
     """U Vᵀ / sqrt(r) of matrices and normals of vectors, flat."""
     sides = [(math.prod(shape[:-1]), shape[-1] if len(shape) > 1 else 0) for shape in shapes]
     sizes = [m * rank if n else math.prod(shape) for (m, n), shape in zip(sides, shapes, strict=True)]
-    lefts = [_normals(*pair) for pair in _leaf_words(key, sizes)]
+    lefts = [_normals(*pair) for pair in _leaf_words(key, sizes, chosen)]
     sizes = [n * rank for _, n in sides]
-    rights = [_normals(*pair) for pair in _leaf_words(subspace, sizes)]
+    rights = [_normals(*pair) for pair in _leaf_words(subspace, sizes, chosen)]
 
     def product(left: jax.Array, right: jax.Array, m: int, n: int) -> jax.Array:
         u, v = left.reshape(rank, m), right.reshape(rank, n)
@@ -209,7 +223,11 @@ def _low_rank(rank: int, key: jax.Array, subspace: jax.Array, shapes: Sequence[t
             total = total + rounded(u[i][:, None] * v[i][None, :])
         return rounded(total * np.float32(rank**-0.5)).reshape(-1)
 
-    return [product(left, right, m, n) if n else left for left, right, (m, n) in zip(lefts, rights, sides, strict=True)]
+    found = []
+    for left, right, i in zip(lefts, rights, chosen, strict=True):
+        m, n = sides[i]
+        found.append(product(left, right, m, n) if n else left)
+    return found
 
 
 def _shaped(flat: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -55,11 +55,12 @@ class TwoSided:
         """`(plus, minus)`, each `[K, ...]`; None for the first part."""
 
         def both(k: jax.Array, streams: Any) -> Any:
-            z = direction(k)
-            plus = part(shifted(params, z, self.perturbation_scale), None if streams is None else streams[0])
-            # One perturbed copy at a time: the second is made when the first is no longer needed.
-            plus, z, kept = lax.optimization_barrier((plus, z, params))
-            minus = part(shifted(kept, z, -self.perturbation_scale), None if streams is None else streams[1])
+            plus = part(shifted(params, direction(k), self.perturbation_scale), None if streams is None else streams[0])
+            # One perturbed copy at a time: the other direction is drawn again, when the first passes are over.
+            plus, k = lax.optimization_barrier((plus, k))
+            minus = part(
+                shifted(params, direction(k), -self.perturbation_scale), None if streams is None else streams[1]
+            )
             return plus, minus
 
         return _for_each(both, self.num_directions, streams)

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxdp._typing import Batch, Params
 from jaxdp.block_model import BlockModel
@@ -64,11 +65,16 @@ class Context:
     frozen: Params
 
 
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def start_and_write(spec: Spec, resident: Params, context: Context) -> tuple[Params, Any]:
+    """The resident leaves with their updates, in place, and the streams that enter the first block."""
+    return _start(spec, resident, context)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def start(spec: Spec, resident: Params, context: Context) -> tuple[Params, Any]:
-    """The resident leaves with their updates, and the streams that enter the first block."""
-    resident = _applied(spec, resident, context.pending, context.root, _RESIDENT)
-    return resident, _probed(spec, spec.model.embed, resident, None, context.frozen, context, _RESIDENT)
+def start_and_keep(spec: Spec, resident: Params, context: Context) -> tuple[Params, Any]:
+    """The same, beside the leaves without updates."""
+    return _start(spec, resident, context)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
@@ -113,10 +119,10 @@ def settle(
     law: Law, rounding: Rounding, layout: Layout, bucket: Bucket, index: jax.Array, pending: Pending, root: jax.Array
 ) -> tuple[Bucket, jax.Array]:
     """One block with its updates, in place; the index of the next one."""
-    params = updates.applied(
-        pending, buckets.unpacked(layout, bucket), law=law, root=root, block=_address(index), rounding=rounding
+    bucket = updates.applied_in_place(
+        pending, layout, bucket, law=law, root=root, block=_address(index), rounding=rounding
     )
-    return buckets.replaced(layout, bucket, params), index + 1
+    return bucket, index + 1
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -146,19 +152,31 @@ def leave(model: BlockModel, resident: Params, frozen: Params, hidden: Any, batc
     return _on_batch(model.loss, frozen, batch)(resident, hidden)
 
 
+def _start(spec: Spec, resident: Params, context: Context) -> tuple[Params, Any]:
+    resident = updates.applied(
+        context.pending,
+        resident,
+        law=spec.law,
+        root=context.root,
+        block=jnp.uint32(_RESIDENT),
+        rounding=spec.rounding,
+    )
+    resident = lax.optimization_barrier(resident)
+    return resident, _probed(spec, spec.model.embed, resident, None, context.frozen, context, _RESIDENT)
+
+
 def _visit(
     spec: Spec, bucket: Bucket, streams: Any, index: jax.Array, frozen: Bucket | None, context: Context
 ) -> tuple[Bucket, Any, jax.Array]:
     block = _address(index)
-    params = _applied(spec, buckets.unpacked(spec.layout, bucket), context.pending, context.root, block)
-    streams = _probed(spec, spec.model.block, params, streams, _frozen(spec, frozen), context, block)
-    return buckets.replaced(spec.layout, bucket, params), streams, index + 1
-
-
-def _applied(spec: Spec, params: Params, pending: Pending, root: jax.Array, block: Any) -> Params:
-    return updates.applied(
-        pending, params, law=spec.law, root=root, block=jnp.asarray(block, jnp.uint32), rounding=spec.rounding
+    bucket = updates.applied_in_place(
+        context.pending, spec.layout, bucket, law=spec.law, root=context.root, block=block, rounding=spec.rounding
     )
+    # What is read below is the bucket as it leaves: without the barrier XLA would keep the leaves twice.
+    bucket = lax.optimization_barrier(bucket)
+    params = buckets.unpacked(spec.layout, bucket)
+    streams = _probed(spec, spec.model.block, params, streams, _frozen(spec, frozen), context, block)
+    return bucket, streams, index + 1
 
 
 def _probed(

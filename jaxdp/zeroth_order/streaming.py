@@ -4,7 +4,8 @@ Resident blocks are on the device already. Streamed blocks wait in pinned host m
 arrives and block i - 1 leaves. Both run the same programs in the same order, so their results are the same bits.
 
 An eager transfer waits for the work enqueued before it, so each arrival is enqueued before the computation that it hides
-behind. The loop never runs more than a few blocks ahead of the device, since every block under way holds memory there.
+behind. While a block computes, the loop waits until the one before has left: the device holds the block that computes and
+`prefetch + 1` others, and no more.
 """
 
 from __future__ import annotations
@@ -32,14 +33,15 @@ class Placement:
 
     Attributes:
         is_streamed: On the host, or on the device.
-        prefetch: How many blocks are under way to the device while one computes; each needs memory there.
+        prefetch: How many blocks are under way to the device while one computes; each needs memory there. With 0 a block travels
+            while nothing computes: the least memory, one block, and the most time.
     """
 
     is_streamed: bool = False
     prefetch: int = 1
 
     def __post_init__(self) -> None:
-        _validate.positive_integer("prefetch", self.prefetch)
+        _validate.nonnegative_integer("prefetch", self.prefetch)
 
     def check(self) -> None:
         """Refuses a JAX that would stream the wrong block.
@@ -87,7 +89,7 @@ def pass_through(
     num_blocks = len(stores[0][0])
     depth = max(placement.prefetch for _, placement in stores)
     arriving: collections.deque[tuple[Any, ...]] = collections.deque()
-    under_way: collections.deque[jax.Array] = collections.deque()
+    under_way: collections.deque[Any] = collections.deque()
     index = on_device(np.int32(0))
 
     def fetch(i: int) -> None:
@@ -103,8 +105,9 @@ def pass_through(
             blocks, placement = stores[0]
             old, blocks[i] = blocks[i], placement.store(new) if placement.is_streamed else new
             _delete(old)
-        under_way.append(index)
-        if len(under_way) > depth + 1:
+        under_way.append((index, stores[0][0][i] if is_written else None))
+        del new
+        if len(under_way) > min(depth, 1):
             jax.block_until_ready(under_way.popleft())
     return carry
 

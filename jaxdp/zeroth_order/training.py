@@ -196,8 +196,9 @@ def make_step(
         frozen = None if state.frozen is None else state.frozen.resident
         context = Context(state.pending, state.direction_words, index, batch, frozen)
         is_written = num_pending == write_every
+        start = programs.start_and_write if is_written else programs.start_and_keep
         visit = programs.visit_and_write if is_written else programs.visit_and_keep
-        resident, streams = programs.start(spec, state.resident, context)
+        resident, streams = start(spec, state.resident, context)
         blocks, stored = stores(state)
         streams = pass_through(
             lambda arrived, streams, i: visit(spec, arrived[0], streams, i, arrived[1], context),

@@ -21,7 +21,8 @@ from jax import lax
 
 from jaxdp import _validate
 from jaxdp._typing import Params
-from jaxdp.zeroth_order import directions
+from jaxdp.zeroth_order import buckets, directions
+from jaxdp.zeroth_order.buckets import Bucket, Layout
 from jaxdp.zeroth_order.directions import Law, rounded
 
 #: A constant, or a function of the step's index, such as an optax schedule.
@@ -174,36 +175,90 @@ def applied(
         rounding: Of leaves narrower than float32. "stochastic" rounds up with the probability of the part cut off, which keeps
             updates below half a unit in the last place (S19).
     """
+    leaves, treedef = jax.tree.flatten(params)
+    address = {"law": law, "root": root, "block": block, "shapes": params}
+    if directions.is_small(params):  # all leaves in one loop
+        wide = _with_terms(pending, leaves, only=None, **address)
+    else:  # one leaf in float32 at a time
+        wide = [_with_terms(pending, [leaf], only=i, **address)[0] for i, leaf in enumerate(leaves)]
+    return treedef.unflatten(
+        [
+            _narrowed(pending, new, old, i, rounding, root=root, block=block, shapes=params)
+            for i, (new, old) in enumerate(zip(wide, leaves, strict=True))
+        ]
+    )
+
+
+def applied_in_place(
+    pending: Pending,
+    layout: Layout,
+    bucket: Bucket,
+    *,
+    law: Law,
+    root: jax.Array,
+    block: jax.Array,
+    rounding: Rounding = "nearest",
+) -> Bucket:
+    """`applied` to a bucket, leaf by leaf, so that a donated bucket is changed where it lies."""
+    shapes = layout.block()
+    if directions.is_small(shapes):
+        params = applied(pending, buckets.unpacked(layout, bucket), law=law, root=root, block=block, rounding=rounding)
+        return buckets.replaced(layout, bucket, params)
+    for i in range(len(layout.shapes)):
+        old = buckets.leaf(layout, bucket, i)
+        (wide,) = _with_terms(pending, [old], only=i, law=law, root=root, block=block, shapes=shapes)
+        new = _narrowed(pending, wide, old, i, rounding, root=root, block=block, shapes=shapes)
+        bucket = buckets.with_leaf(layout, bucket, i, new)
+    return bucket
+
+
+def _with_terms(
+    pending: Pending, leaves: list[jax.Array], *, law: Law, root: jax.Array, block: jax.Array, shapes: Params, only: Any
+) -> list[jax.Array]:
+    """All leaves of a block, or its leaf `only`, in float32 with every entry's decay and terms."""
     M, H, K = pending.coefficients.shape
 
-    def add_terms(entry: jax.Array | int, wide: Params) -> Params:
+    def add_terms(entry: jax.Array | int, wide: list[jax.Array]) -> list[jax.Array]:
         step, coefficients = pending.steps[entry], pending.coefficients[entry]
         decay = pending.decays[entry]
-        wide = jax.tree.map(lambda leaf: leaf - rounded(decay * leaf) if leaf.ndim > 1 else leaf, wide)
+        wide = [leaf - rounded(decay * leaf) if leaf.ndim > 1 else leaf for leaf in wide]
 
-        def add_term(term: jax.Array | int, wide: Params) -> Params:
+        def add_term(term: jax.Array | int, wide: list[jax.Array]) -> list[jax.Array]:
             h, k = (jnp.asarray(part, jnp.uint32) for part in (lax.div(term, K), lax.rem(term, K)))
-            z = directions.leaf_directions(law, root, step=step - h, k=k, block=block, shapes=wide)
-            return jax.tree.map(lambda leaf, entry: leaf - rounded(coefficients[h, k] * entry), wide, z)
+            z = directions.leaf_directions(law, root, step=step - h, k=k, block=block, shapes=shapes, only=only)
+            entries = jax.tree.leaves(z)
+            return [leaf - rounded(coefficients[h, k] * entry) for leaf, entry in zip(wide, entries, strict=True)]
 
         return add_term(0, wide) if H * K == 1 else lax.fori_loop(0, H * K, add_term, wide)
 
-    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-    # Without a loop XLA needs no float32 copy of the block.
-    wide = add_terms(0, wide) if M == 1 else lax.fori_loop(0, pending.count, add_terms, wide)
-    if rounding == "stochastic":
+    wide = [leaf.astype(jnp.float32) for leaf in leaves]
+    # Without a loop XLA needs no float32 copy of the leaf.
+    return add_terms(0, wide) if M == 1 else lax.fori_loop(0, pending.count, add_terms, wide)
+
+
+def _narrowed(
+    pending: Pending,
+    wide: jax.Array,
+    old: jax.Array,
+    number: int,
+    rounding: Rounding,
+    *,
+    root: jax.Array,
+    block: jax.Array,
+    shapes: Params,
+) -> jax.Array:
+    """The leaf in its own dtype; the old one if nothing was pending."""
+    if rounding == "stochastic" and old.dtype != jnp.float32:
         step = pending.steps[jnp.maximum(pending.count - 1, 0)]
-        bits = directions.rounding_bits(root, step=step, block=block, shapes=wide)
-        narrow = jax.tree.map(_stochastically, wide, bits, params)
+        bits = directions.rounding_bits(root, step=step, block=block, shapes=shapes, only=number)
+        new = _stochastically(wide, bits, old)
     else:
-        narrow = jax.tree.map(lambda leaf, old: leaf.astype(old.dtype), wide, params)
-    return jax.tree.map(lambda new, old: jnp.where(pending.count > 0, new, old), narrow, params)
+        new = wide.astype(old.dtype)
+    return jnp.where(pending.count > 0, new, old)
 
 
 def _stochastically(wide: jax.Array, bits: jax.Array, old: jax.Array) -> jax.Array:
     """float32 to bfloat16, up or down with the probabilities that make it right on average."""
-    if old.dtype == jnp.float32:
-        return wide
     pattern = lax.bitcast_convert_type(wide, jnp.uint32)
     up = lax.bitcast_convert_type((pattern + bits) & jnp.uint32(0xFFFF0000), jnp.float32)
     return jnp.where(jnp.isfinite(wide), up, wide).astype(old.dtype)  # exact: the lower half is zero

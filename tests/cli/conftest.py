@@ -1,7 +1,6 @@
 """A language model small enough to fine-tune in a second, and records for it."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import pytest
 from jaxdp.models import causal_lm
 from jaxdp.models.saving import save_model
 from jaxdp.models.weights import Pretrained
+from tests import processes
 
 GPT2 = {"model_type": "gpt2", "vocab_size": 257, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 64}
 LLAMA = {
@@ -72,11 +72,7 @@ def texts(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture
 def user_environment() -> dict[str, str]:
-    """Nothing of the test's own configuration, but for the cache: a run that is killed and resumed need not compile again."""
-    root = str(pathlib.Path(__file__).parents[2])
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
-    cache = {k: v for k, v in os.environ.items() if "CACHE" in k}
-    return kept | cache | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
+    return processes.user_environment()
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """`jaxdp train` as a person runs it: in a process of its own, killed and resumed, with its files read back."""
 
 import json
-import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -11,19 +9,16 @@ import time
 import numpy as np
 import pytest
 
+from tests.processes import user_environment
+
 SMALL = ["--num-steps", "60", "--expected-batch-size", "64", "--checkpoint-every", "10"]
 COMMAND = [sys.executable, "-W", "error::UserWarning", "-m", "jaxdp", "train"]
 
 
-def environment():
-    """A user's environment: nothing of the test's own configuration."""
-    root = str(pathlib.Path(__file__).parents[2])
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
-    return kept | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
-
-
 def run(cwd, *args, check=True):
-    result = subprocess.run([*COMMAND, *args], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        [*COMMAND, *args], cwd=cwd, env=user_environment(), capture_output=True, text=True, timeout=300
+    )
     if check:
         assert result.returncode == 0, result.stdout + result.stderr
     return result
@@ -71,7 +66,11 @@ def test_a_killed_run_resumes_to_the_same_parameters_bit_for_bit(tmp_path):
     run_dir = tmp_path / "killed"
     args = [*SMALL, "--num-steps", "1500", "--out"]
     process = subprocess.Popen(
-        [*COMMAND, *args, str(run_dir)], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*COMMAND, *args, str(run_dir)],
+        cwd=tmp_path,
+        env=user_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     deadline = time.time() + 120
     while not (run_dir / "checkpoints" / "0" / "commit_success.txt").exists() and time.time() < deadline:
@@ -90,7 +89,7 @@ def test_a_killed_run_resumes_to_the_same_parameters_bit_for_bit(tmp_path):
         process = subprocess.Popen(
             [*COMMAND, *args, str(run_dir), "--resume"],
             cwd=tmp_path,
-            env=environment(),
+            env=user_environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -122,7 +121,12 @@ def test_a_killed_run_resumes_to_the_same_parameters_bit_for_bit(tmp_path):
 def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path):
     args = [*SMALL, "--num-steps", "20000", "--checkpoint-every", "50"]
     process = subprocess.Popen(
-        [*COMMAND, *args], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*COMMAND, *args],
+        cwd=tmp_path,
+        env=user_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     deadline = time.time() + 120
     while not (tmp_path / "runs/digits/checkpoints/50/commit_success.txt").exists() and time.time() < deadline:
@@ -148,8 +152,8 @@ def test_the_baseline_has_no_epsilon_and_every_policy_trains(tmp_path):
     assert report["epsilon"] is None
     assert report["test_accuracy"] > 0.9
     for policy, more in (
-        ("per-layer", ["--noise-allocation", "least_energy"]),
-        ("automatic", ["--optimizer", "adam", "--learning-rate", "0.02"]),
+        ("per-layer", ["--noise-allocation", "least_energy", "--noise-multiplier", "3"]),
+        ("automatic", ["--optimizer", "adam", "--learning-rate", "0.02", "--noise-multiplier", "3"]),
         ("quantile", ["--accountant", "rdp"]),
         ("flat", ["--neighboring-relation", "replace-one", "--noise-multiplier", "4", "--microbatch-size", "20"]),
     ):
@@ -161,7 +165,7 @@ def test_the_baseline_has_no_epsilon_and_every_policy_trains(tmp_path):
 
 def test_help_shows_examples():
     result = subprocess.run(
-        [sys.executable, "-m", "jaxdp", "--help"], env=environment(), capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "jaxdp", "--help"], env=user_environment(), capture_output=True, text=True, timeout=120
     )
     assert "jaxdp train --dataset mnist" in result.stdout
     assert "account" in result.stdout

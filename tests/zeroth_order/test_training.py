@@ -60,6 +60,8 @@ def test_streamed_resident_and_replayed_are_the_same_bits(law, num_directions, k
     assert bits(streamed) == bits(resident)
     deeper, _ = run(toy(), params, batch, key, placement=Placement(True, prefetch=3), flush_at=(0, 1), **options)
     assert bits(deeper) == bits(resident)
+    leanest, _ = run(toy(), params, batch, key, placement=Placement(True, prefetch=0), **options)
+    assert bits(leanest) == bits(resident)
     assert bits(replay(toy(), params, key, infos, **options)) == bits(resident)
 
 

@@ -1,0 +1,12 @@
+"""How tests start `jaxdp` as a person does: in a process of its own."""
+
+import os
+import pathlib
+
+
+def user_environment() -> dict[str, str]:
+    """Nothing of the tests' own configuration, but for the compilation cache: what is run twice is compiled once."""
+    root = str(pathlib.Path(__file__).parents[1])
+    configured = ("JAX_", "XLA_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(configured) or "CACHE" in name}
+    return kept | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
