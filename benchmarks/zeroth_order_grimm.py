@@ -120,22 +120,18 @@ def run(config: Config) -> dict[str, Any]:
 def _task(config: Config) -> _Task:
     pretrained, tokenizer = load_model(config.model), load_tokenizer(config.model)
     private, public = split(config.text.read_text(encoding="utf-8"))
-    training, held_out = (
-        text.encode_texts(
-            [text.Record(prompt="", completion=paragraph) for paragraph in paragraphs],
-            tokenizer,
-            max_length=_LENGTH,
-            **more,
-        )[0]
-        for paragraphs, more in (
-            (private, {"on_long": "truncate"}),
-            (public, {"max_sequences": None, "on_long": "split"}),
-        )
+    training, _ = text.encode_texts(_records(private), tokenizer, max_length=_LENGTH, on_long="truncate")
+    held_out, _ = text.encode_texts(
+        _records(public), tokenizer, max_length=_LENGTH, max_sequences=None, on_long="split"
     )
     params = pretrained.params
     resident = {part: params[part] for part in ("embed", "head") if part in params}
     blocks = language_model_blocks(pretrained.model)
     return _Task(pretrained.model, blocks, BlockParams(resident, params["blocks"]), training, held_out)
+
+
+def _records(paragraphs: list[str]) -> list[text.Record]:
+    return [text.Record(prompt="", completion=paragraph) for paragraph in paragraphs]
 
 
 def _settings(name: str) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def row(name: str, law: Law, *, length: int = 2048, num_directions: int = 1) -> 
     estimator = TwoSided(num_directions)
     blocks = language_model_blocks(model)
     spec = programs.Spec(blocks, Sgd(1e-6), estimator, law, "nearest", layout, None)
-    shape = jax.ShapeDtypeStruct
+    shape: Any = jax.ShapeDtypeStruct
     context = programs.Context(
         pending=jax.eval_shape(lambda: updates.nothing_pending(spec.sgd, num_directions, 1)),
         root=shape((2,), jnp.uint32),
