@@ -21,6 +21,7 @@ from jaxdp.zeroth_order import (
     Scalars,
     Sgd,
     TwoSided,
+    directions,
     make_step,
 )
 from tests.zeroth_order.models import bits, language_model, token_batch, toy, toy_batch, toy_params
@@ -205,6 +206,25 @@ def test_windowed_write_back_is_exact_in_float32(key):
     third, _ = run(toy(), toy_params(), toy_batch(), key, num_steps=7, write_every=3, placement=STREAMED)
     assert bits(every) == bits(third)
     assert bits(replay(toy(), toy_params(), key, infos, write_every=3)) == bits(every)
+
+
+def test_large_blocks_are_changed_leaf_by_leaf_to_the_same_bits(key, monkeypatch):
+    """A block above a million entries is updated leaf by leaf, in place; a small one in one piece."""
+    params = toy_params(dtype=jnp.bfloat16)
+
+    def replayed():
+        steps = make_step(toy(), Sgd(1.0), estimator=TwoSided(2), write_every=2, rounding="stochastic")
+        state = steps.init(params, direction_key=key)
+        for _ in range(3):
+            state = steps.replay(state, Scalars(jnp.asarray([0.5, -2.0], jnp.float32), jnp.float32(0.1)))
+        return bits(steps.flush(state).params())
+
+    at_once = replayed()
+    monkeypatch.setattr(directions, "_AT_ONCE", 0)
+    jax.clear_caches()  # the threshold is read while tracing
+    by_leaf = replayed()
+    jax.clear_caches()
+    assert at_once == by_leaf != bits(params)
 
 
 def test_small_updates_vanish_in_bfloat16_unless_rounded_stochastically_or_gathered(key):
