@@ -13,6 +13,7 @@ FLOORS = {
         "jaxdp.noise",
         "jaxdp.accounting",
         "jaxdp.quantization",
+        "jaxdp.fingerprint",
         "jaxdp.models",
         "jaxdp.datasets",
         "jaxdp.text",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 
 from jaxdp import _validate, text
 from jaxdp.cli.finetune_options import DataOptions, ModelOptions
+from jaxdp.fingerprint import fingerprint
 from jaxdp.models import CausalLM, Lora, causal_lm
 from jaxdp.models.lora import add_adapters
 from jaxdp.models.peft import load_adapter
@@ -49,11 +49,7 @@ class Tuning:
 
     def fingerprint(self) -> str:
         """SHA-256 of all parameters before training, which are public: a resumed run must begin with the same."""
-        digest = hashlib.sha256()
-        for name, leaf in _validate.named_leaves(self.base.params):
-            digest.update(repr((name, leaf.shape, str(leaf.dtype))).encode())
-            digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
-        return digest.hexdigest()
+        return fingerprint(self.base.params)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -106,9 +106,7 @@ def _log_likelihoods(
     head, L = _head(model, resident), tokens.shape[-1]
 
     def predicted(hidden: jax.Array, following: jax.Array) -> jax.Array:
-        logits = head(hidden).astype(jnp.float32)  # [T, V]
-        chosen = jnp.take_along_axis(logits, following[:, None], axis=-1)[:, 0]
-        return chosen - jax.nn.logsumexp(logits, axis=-1)
+        return losses.log_likelihoods_of(head(hidden), following)
 
     def sequence(hidden: jax.Array, tokens: jax.Array) -> jax.Array:
         following = jnp.concatenate([tokens[1:], tokens[:1]])

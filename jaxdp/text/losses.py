@@ -30,11 +30,14 @@ def token_log_likelihoods(logits: jax.Array, tokens: jax.Array) -> jax.Array:
             f"logits_fn gave logits of shape {logits.shape} for tokens of shape {tokens.shape}; it must take one sequence [L] and "
             "return [L, V]: the losses bring their own vmap."
         )
-    logits = logits.astype(jnp.float32)
     following = jnp.concatenate([tokens[1:], tokens[:1]])
-    chosen = jnp.take_along_axis(logits, following[:, None], axis=-1)[:, 0]  # [L]
-    predicted = chosen - jax.nn.logsumexp(logits, axis=-1)
-    return jnp.concatenate([jnp.zeros(1, jnp.float32), predicted[:-1]])
+    return jnp.concatenate([jnp.zeros(1, jnp.float32), log_likelihoods_of(logits, following)[:-1]])
+
+
+def log_likelihoods_of(logits: jax.Array, chosen: jax.Array) -> jax.Array:
+    """The log-likelihood, in nats, of one token for each row of logits: `[T, V]` and `[T]` to float32 `[T]`."""
+    logits = logits.astype(jnp.float32)
+    return jnp.take_along_axis(logits, chosen[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
 
 
 def language_model_loss(logits_fn: LogitsFn, example: Mapping[str, jax.Array]) -> jax.Array:

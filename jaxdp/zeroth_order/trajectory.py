@@ -10,7 +10,6 @@ index of the step, the learning rate, K projected gradients, and the CRC-32 of e
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import struct
@@ -24,6 +23,7 @@ import numpy as np
 
 from jaxdp import _validate
 from jaxdp.block_model import BlockParams
+from jaxdp.fingerprint import fingerprint
 from jaxdp.zeroth_order.directions import words_of
 from jaxdp.zeroth_order.training import DeferredState, State, Steps
 from jaxdp.zeroth_order.updates import Scalars
@@ -241,15 +241,6 @@ def replayed(steps: Steps, state: State, trajectory: Trajectory) -> State | Defe
             scalars = Scalars(jnp.asarray(record.projected_gradients), jnp.asarray(record.learning_rate))
             current = steps.replay(current, scalars)
     return current
-
-
-def fingerprint(params: Any) -> str:
-    """SHA-256 of the names, shapes, dtypes and bytes of all leaves."""
-    digest = hashlib.sha256()
-    for name, leaf in _validate.named_leaves(params):
-        digest.update(repr((name, leaf.shape, str(leaf.dtype))).encode())
-        digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
 
 
 def _encoded_header(header: Header) -> bytes:
