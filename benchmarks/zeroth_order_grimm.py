@@ -4,14 +4,16 @@ r"""Grimm's tales without a backward pass: MeZO, LOZO and FZOO on a streamed mod
         --json benchmarks/results/zeroth_order_grimm.json
 
 Full fine-tuning on the tales before the held-out ones of `benchmarks.grimm`, without privacy. Blocks stream from host memory,
-which on a CPU is a copy. Learning rates were tuned on these tales. The loss of a step is that of its batch; curves are
-smoothed. Backpropagation is SGD with the same batches and the learning rate that suits it.
+which on a CPU is a copy. Every method has the time of the same number of forward passes, of which a backward pass counts as
+two. Learning rates were tuned on these tales. The loss of a step is that of its batch; curves are smoothed. A record that is
+there already, with the same settings, keeps the methods that are not run again.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,9 +37,12 @@ from jaxdp.zeroth_order import LowRank, OneSided, Placement, Rademacher, Sgd, Tw
 METHODS = {
     "mezo": (TwoSided(1, 1e-3), Rademacher(), {"learning_rate": 2e-4}),
     "lozo": (TwoSided(1, 1e-3), LowRank(rank=2, refresh_every=50), {"learning_rate": 2e-4}),
-    "fzoo": (OneSided(8, 1e-3), Rademacher(), {"learning_rate": 1e-3, "is_normalized": True}),
+    "fzoo": (OneSided(8, 1e-3), Rademacher(), {"learning_rate": 2e-3, "is_normalized": True}),
 }
+#: Of SGD along the gradient.
 _BACKPROP_RATE = 0.3
+#: Forward passes that take as long as a step.
+PASSES_PER_STEP = {"mezo": 2, "lozo": 2, "fzoo": 9, "backprop": 3}
 _LENGTH = 128
 
 
@@ -49,16 +54,24 @@ class Config:
     """GrimmsFairyTales.txt of Project Gutenberg, without its header."""
     model: Path
     """Hugging Face folder of the model."""
-    num_steps: int = 2000
-    """Steps of every method."""
+    num_passes: int = 1200
+    """Forward passes of every method, or time of as many."""
     batch: int = 16
     """Paragraphs in a batch."""
-    methods: tuple[str, ...] = (*METHODS, "backprop")
+    methods: tuple[str, ...] = tuple(PASSES_PER_STEP)
     """Which."""
     seed: int = 0
     """Of batches and directions."""
     json: Path | None = None
     """Where to write the record; the figure goes beside it."""
+
+    def num_steps(self, method: str) -> int:
+        """Steps of a method."""
+        return self.num_passes // PASSES_PER_STEP[method]
+
+    def settings(self) -> dict[str, Any]:
+        """What all methods share."""
+        return {"num_passes": self.num_passes, "batch": self.batch, "length": _LENGTH, "seed": self.seed}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +82,10 @@ class _Task:
     training: dict[str, np.ndarray]
     held_out: dict[str, np.ndarray]
 
-    def batches(self, config: Config) -> Iterator[dict[str, np.ndarray]]:
+    def batches(self, config: Config, num_steps: int) -> Iterator[dict[str, np.ndarray]]:
         rng = np.random.default_rng(config.seed)
         num_rows = len(self.training["tokens"])
-        for _ in range(config.num_steps):
+        for _ in range(num_steps):
             rows = rng.choice(num_rows, config.batch, replace=False)
             yield {name: values[rows] for name, values in self.training.items()}
 
@@ -87,11 +100,12 @@ def run(config: Config) -> dict[str, Any]:
     record: dict[str, Any] = {
         "benchmark": "perplexity on held-out tales of Grimm after fine-tuning by forward passes, without privacy",
         "model": config.model.name,
-        "config": {"num_steps": config.num_steps, "batch": config.batch, "length": _LENGTH, "seed": config.seed},
+        "command": "python -m benchmarks.zeroth_order_grimm --text GrimmsFairyTales.txt --model stories260K-hf",
+        "config": config.settings(),
         "perplexity_before": task.perplexity(task.params),
         "machine": harness.machine(),
         "versions": {"jax": jax.__version__},
-        "runs": [],
+        "runs": _others(config),
     }
     for name in config.methods:
         begin = time.perf_counter()
@@ -101,6 +115,7 @@ def run(config: Config) -> dict[str, Any]:
             {
                 "method": name,
                 "settings": {"learning_rate": _BACKPROP_RATE} if name == "backprop" else _settings(name),
+                "num_steps": config.num_steps(name),
                 "perplexity_after": after,
                 "fall": 1 - after / record["perplexity_before"],
                 "seconds": time.perf_counter() - begin,
@@ -130,6 +145,16 @@ def _task(config: Config) -> _Task:
     return _Task(pretrained.model, blocks, BlockParams(resident, params["blocks"]), training, held_out)
 
 
+def _others(config: Config) -> list[dict[str, Any]]:
+    """The methods of an earlier run with these settings that are not run again."""
+    if config.json is None or not config.json.exists():
+        return []
+    record = json.loads(config.json.read_text())
+    if record["config"] != config.settings():
+        raise ValueError(f"{config.json} has other settings, {record['config']}; remove it, or write another file.")
+    return [run for run in record["runs"] if run["method"] not in config.methods]
+
+
 def _records(paragraphs: list[str]) -> list[text.Record]:
     return [text.Record(prompt="", completion=paragraph) for paragraph in paragraphs]
 
@@ -141,7 +166,8 @@ def _settings(name: str) -> dict[str, Any]:
 
 def _zeroth_order(task: _Task, config: Config, name: str) -> tuple[BlockParams, np.ndarray]:
     estimator, law, update = METHODS[name]
-    rate = optax.linear_schedule(update["learning_rate"], 0.0, config.num_steps)
+    num_steps = config.num_steps(name)
+    rate = optax.linear_schedule(update["learning_rate"], 0.0, num_steps)
     steps = make_step(
         task.blocks,
         Sgd(**{**update, "learning_rate": rate}),
@@ -151,14 +177,15 @@ def _zeroth_order(task: _Task, config: Config, name: str) -> tuple[BlockParams, 
     )
     state = steps.init(task.params, direction_key=jax.random.key(config.seed))
     losses = []
-    for batch in task.batches(config):
+    for batch in task.batches(config, num_steps):
         state, info = steps.step(state, batch)
-        losses.append(info.loss)
+        losses.append(info.not_private.mean_loss())
     return steps.flush(state).params(), np.asarray(jax.device_get(losses))
 
 
 def _backprop(task: _Task, config: Config) -> tuple[BlockParams, np.ndarray]:
-    tx = optax.sgd(optax.linear_schedule(_BACKPROP_RATE, 0.0, config.num_steps))
+    num_steps = config.num_steps("backprop")
+    tx = optax.sgd(optax.linear_schedule(_BACKPROP_RATE, 0.0, num_steps))
 
     def mean_loss(params: BlockParams, batch: Any) -> jax.Array:
         return jnp.mean(jax.vmap(lambda example: loss_fn(task.blocks, params, example))(batch))
@@ -171,13 +198,13 @@ def _backprop(task: _Task, config: Config) -> tuple[BlockParams, np.ndarray]:
 
     params: Any = jax.tree.map(jnp.asarray, task.params)
     opt_state, losses = tx.init(params), []
-    for batch in task.batches(config):
+    for batch in task.batches(config, num_steps):
         params, opt_state, loss = step(params, opt_state, batch)
         losses.append(loss)
     return params, np.asarray(jax.device_get(losses))
 
 
-def _smoothed(losses: np.ndarray, num_points: int = 100) -> np.ndarray:
+def _smoothed(losses: np.ndarray, num_points: int = 40) -> np.ndarray:
     """Means of equal stretches."""
     return np.asarray([part.mean() for part in np.array_split(losses, min(num_points, len(losses)))])
 
@@ -190,11 +217,13 @@ def _figure(record: dict[str, Any]) -> bytes:
 
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     for found in record["runs"]:
-        steps = (np.arange(len(found["losses"])) + 0.5) / len(found["losses"]) * record["config"]["num_steps"]
-        axis.plot(steps, found["losses"], label=found["method"])
-    axis.set(xlabel="step", ylabel="training loss", title="Grimm's tales, stories260K, batches of 16 paragraphs")
+        passes = (np.arange(len(found["losses"])) + 0.5) / len(found["losses"]) * record["config"]["num_passes"]
+        axis.plot(passes, found["losses"], label=f"{found['method']}: perplexity {found['perplexity_after']:.2f}")
+    batch, before = record["config"]["batch"], record["perplexity_before"]
+    axis.set(xlabel="time in forward passes", ylabel="training loss")
+    axis.set_title(f"Grimm's tales, {record['model']}, batches of {batch} paragraphs; perplexity {before:.2f} before")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend()
+    axis.legend(frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     plt.close(figure)

@@ -93,7 +93,7 @@ def row(name: str, law: Law, *, length: int = 2048, num_directions: int = 1) -> 
         batch={"tokens": shape((1, 1, length), jnp.int32), "weights": shape((1, 1, length), jnp.float32)},
         frozen=None,
     )
-    bucket = {"bfloat16": shape((sum(layout.sizes),), jnp.bfloat16)}
+    bucket = layout.bucket()
     _, streams = jax.eval_shape(lambda r, c: programs.start_and_write(spec, r, c), resident, context)
     index, mask = shape((), jnp.int32), shape((1,), jnp.bool_)
     compiled = {

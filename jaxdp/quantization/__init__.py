@@ -35,5 +35,5 @@ from jaxdp.quantization.layout import (
     num_bytes as num_bytes,
     to_bytes as to_bytes,
 )
-from jaxdp.quantization.packing import quantize as quantize
+from jaxdp.quantization.packing import quantize as quantize, quantize_matrices as quantize_matrices
 from jaxdp.quantization.unpacking import dequantize as dequantize

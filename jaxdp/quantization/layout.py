@@ -70,10 +70,17 @@ class PackedArrays(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Packed:
-    """Quantized weights: a pytree whose leaves are the arrays, and whose structure holds the spec."""
+    """Quantized weights: a pytree whose leaves are the arrays, and whose structure holds the rest.
+
+    Attributes:
+        arrays: Codes and scales.
+        spec: What they mean.
+        dtype: Of the weights before they were quantized, by name, and of those that whoever reads them expects.
+    """
 
     arrays: PackedArrays
     spec: PackedSpec = dataclasses.field(metadata={"static": True})
+    dtype: str = dataclasses.field(default="bfloat16", metadata={"static": True})
 
 
 def num_bytes(spec: PackedSpec) -> int:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 from jaxdp import _validate
+from jaxdp._typing import Params
 from jaxdp.quantization.layout import (
     DEFAULT_GROUP_SIZES,
     OFFSETS,
@@ -69,7 +71,27 @@ def quantize(w: np.ndarray, format: FormatName, group_size: int | None = None) -
                 joined = _join_rows((codes >> low) & (2**bits - 1), bits)
                 target = plane[(*matrix, slice(rows.start * bits // 8, rows.stop * bits // 8), columns)]
                 target[...] = joined[: len(target)]
-    return Packed(PackedArrays(planes, scales), spec)
+    return Packed(PackedArrays(planes, scales), spec, w.dtype.name)
+
+
+def quantize_matrices(stacked: Params, format: FormatName, *, but: Callable[[str], bool] | None = None) -> Params:
+    """The matrices of stacked blocks as `Packed`, each quantized by itself; vectors and whatever `but` names stay as they are.
+
+    Args:
+        stacked: Pytree of floating-point arrays `[N, ...]` on the host, one block behind the other; a matrix is `[N, .., m, p]`.
+        format: "int8", "int6" or "int4".
+        but: Predicate of a path such as `attention/q/kernel`.
+
+    >>> found = quantize_matrices({"kernel": np.ones((3, 4, 2)), "bias": np.ones((3, 2))}, "int8")
+    >>> found["kernel"].spec.shape, found["bias"].shape
+    ((3, 4, 2), (3, 2))
+    """
+
+    def quantized(path: Any, leaf: Any) -> Any:
+        is_kept = np.ndim(leaf) < 3 or (but is not None and but(_validate.leaf_name(path)))
+        return leaf if is_kept else quantize(np.asarray(leaf), format)
+
+    return jax.tree_util.tree_map_with_path(quantized, stacked)
 
 
 def _tiles(spec: PackedSpec) -> Iterator[tuple[slice, slice, slice]]:

@@ -1,6 +1,7 @@
 """Zeroth-order fine-tuning: forward passes alone, on models whose blocks need not fit the device together."""
 
 from jaxdp.block_model import BlockModel, BlockParams, loss_fn
+from jaxdp.zeroth_order.aggregation import NotPrivate
 from jaxdp.zeroth_order.directions import Gaussian, Law, LowRank, Rademacher
 from jaxdp.zeroth_order.estimators import Estimator, ForwardMode, OneSided, TwoSided
 from jaxdp.zeroth_order.streaming import Placement
@@ -19,6 +20,7 @@ __all__ = [
     "Journal",
     "Law",
     "LowRank",
+    "NotPrivate",
     "OneSided",
     "Placement",
     "Rademacher",

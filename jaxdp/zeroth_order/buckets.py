@@ -1,7 +1,8 @@
 """One flat array for all leaves of a block: what travels between host and device in one transfer.
 
 A transfer has a price of its own, and two small ones do not overlap with as much computation as one large one. Leaves of one
-dtype share a bucket; a block of one dtype is one array.
+dtype share a bucket; a block of one dtype is one array. Quantized leaves share a bucket of bytes, and become weights when they
+are read.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdp import _validate
+from jaxdp import _validate, quantization
 from jaxdp._typing import Params
+from jaxdp.quantization import Packed, PackedSpec
 
 #: A flat array for each dtype, by its name.
 Bucket: TypeAlias = dict[str, Any]
@@ -29,23 +31,35 @@ class Layout:
         treedef: Of the block.
         shapes: Of its leaves, without the axis of the blocks.
         dtypes: Names of their dtypes.
-        offsets: First entry of each in the bucket of its dtype.
+        specs: Of those that are quantized; None for the others.
+        offsets: First entry of each in its bucket.
     """
 
     treedef: Any
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[str, ...]
+    specs: tuple[PackedSpec | None, ...]
     offsets: tuple[int, ...]
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        """Entries of each leaf."""
-        return tuple(math.prod(shape) for shape in self.shapes)
+    def stored(self) -> tuple[tuple[str, int], ...]:
+        """The bucket of each leaf, and how many of its entries the leaf takes."""
+        return tuple(
+            (dtype, math.prod(shape)) if spec is None else ("uint8", quantization.num_bytes(spec))
+            for shape, dtype, spec in zip(self.shapes, self.dtypes, self.specs, strict=True)
+        )
 
     @property
     def num_bytes(self) -> int:
         """Of one block, in all its buckets."""
-        return sum(size * jnp.dtype(dtype).itemsize for size, dtype in zip(self.sizes, self.dtypes, strict=True))
+        return sum(size * jnp.dtype(dtype).itemsize for dtype, size in self.stored)
+
+    def bucket(self) -> Bucket:
+        """The bucket as `jax.ShapeDtypeStruct`s."""
+        sizes: dict[str, int] = {}
+        for dtype, size in self.stored:
+            sizes[dtype] = sizes.get(dtype, 0) + size
+        return {dtype: jax.ShapeDtypeStruct((size,), jnp.dtype(dtype)) for dtype, size in sizes.items()}
 
     def block(self) -> Params:
         """The block as `jax.ShapeDtypeStruct`s."""
@@ -55,35 +69,50 @@ class Layout:
 
 
 def layout_of(stacked: Params) -> tuple[Layout, int]:
-    """The layout of one block of a stacked pytree, `[N, ...]` in every leaf, and N.
+    """The layout of one block of a stacked pytree, `[N, ...]` in every leaf, and N. A leaf may be a stacked `Packed`.
 
     Raises:
         ValueError: the leaves are not stacked with one N.
         TypeError: a leaf is not floating-point.
     """
-    _validate.floating_params(stacked, name="blocks")
-    lengths = {name: np.shape(leaf)[:1] for name, leaf in _validate.named_leaves(stacked)}
+    named = jax.tree_util.tree_flatten_with_path(stacked, is_leaf=_is_packed)[0]
+    floats = jax.tree.map(lambda leaf: leaf.arrays.scales if _is_packed(leaf) else leaf, stacked, is_leaf=_is_packed)
+    _validate.floating_params(floats, name="blocks")
+    shapes = {
+        _validate.leaf_name(path): leaf.spec.shape if _is_packed(leaf) else np.shape(leaf) for path, leaf in named
+    }
+    lengths = {name: shape[:1] for name, shape in shapes.items()}
     if len(set(lengths.values())) != 1 or () in lengths.values() or (0,) in lengths.values():
         raise ValueError(
             f"the leaves of blocks are not stacked [N, ...] with one N of at least 1: {lengths or 'no leaf'}."
         )
-    leaves, treedef = jax.tree.flatten(stacked)
+    leaves = [leaf for _, leaf in named]
+    layout = Layout(
+        treedef=jax.tree.structure(stacked, is_leaf=_is_packed),
+        shapes=tuple(shape[1:] for shape in shapes.values()),
+        dtypes=tuple(leaf.dtype if _is_packed(leaf) else jnp.dtype(leaf.dtype).name for leaf in leaves),
+        specs=tuple(_spec_of_one(leaf) if _is_packed(leaf) else None for leaf in leaves),
+        offsets=(),
+    )
     filled: dict[str, int] = {}
     offsets = []
-    for leaf in leaves:
-        name = jnp.dtype(leaf.dtype).name
-        offsets.append(filled.get(name, 0))
-        filled[name] = offsets[-1] + math.prod(leaf.shape[1:])
-    shapes = tuple(tuple(leaf.shape[1:]) for leaf in leaves)
-    dtypes = tuple(jnp.dtype(leaf.dtype).name for leaf in leaves)
-    return Layout(treedef, shapes, dtypes, tuple(offsets)), len(leaves[0])
+    for dtype, size in layout.stored:
+        offsets.append(filled.get(dtype, 0))
+        filled[dtype] = offsets[-1] + size
+    return dataclasses.replace(layout, offsets=tuple(offsets)), next(iter(lengths.values()))[0]
 
 
 def packed(layout: Layout, stacked: Params, index: int) -> Bucket:
     """Block `index` of a stacked pytree as a bucket, on the host, without a copy of any other block."""
     parts: dict[str, list[np.ndarray]] = {}
-    for leaf, dtype in zip(jax.tree.leaves(stacked), layout.dtypes, strict=True):
-        parts.setdefault(dtype, []).append(np.asarray(leaf[index]).reshape(-1))
+    leaves = jax.tree.leaves(stacked, is_leaf=_is_packed)
+    for leaf, spec, (dtype, _) in zip(leaves, layout.specs, layout.stored, strict=True):
+        if spec is None:
+            flat = np.asarray(leaf[index]).reshape(-1)
+        else:
+            arrays = jax.tree.map(lambda array: np.asarray(array[index]), leaf.arrays)
+            flat = quantization.to_bytes(Packed(arrays, spec))
+        parts.setdefault(dtype, []).append(flat)
     return {dtype: np.concatenate(flat) for dtype, flat in parts.items()}
 
 
@@ -93,10 +122,12 @@ def unpacked(layout: Layout, bucket: Bucket) -> Params:
 
 
 def leaf(layout: Layout, bucket: Bucket, number: int) -> Any:
-    """One leaf of a bucket."""
-    begin = layout.offsets[number]
-    flat = bucket[layout.dtypes[number]]
-    return flat[begin : begin + layout.sizes[number]].reshape(layout.shapes[number])
+    """One leaf of a bucket; quantized ones as weights of their dtype, on the device."""
+    begin, spec, (stored, size) = layout.offsets[number], layout.specs[number], layout.stored[number]
+    flat = bucket[stored][begin : begin + size]
+    if spec is None:
+        return flat.reshape(layout.shapes[number])
+    return quantization.dequantize(quantization.from_bytes(flat, spec), spec, jnp.dtype(layout.dtypes[number]))
 
 
 def with_leaf(layout: Layout, bucket: Bucket, number: int, value: jax.Array) -> Bucket:
@@ -124,3 +155,12 @@ def stacked_again(layout: Layout, buckets: list[Bucket]) -> Params:
         for leaf, value in zip(leaves, jax.tree.leaves(block), strict=True):
             leaf[index] = value
     return layout.treedef.unflatten(leaves)
+
+
+def _is_packed(leaf: Any) -> bool:
+    return isinstance(leaf, Packed)
+
+
+def _spec_of_one(leaf: Packed) -> PackedSpec:
+    """The spec of one block of a stack."""
+    return dataclasses.replace(leaf.spec, shape=leaf.spec.shape[1:])

@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxdp._typing import Batch, Params
+from jaxdp._typing import Batch, Key, Params
 from jaxdp.block_model import BlockModel
+from jaxdp.mechanism import PrivacyPlan
 from jaxdp.models.trainable import join
-from jaxdp.zeroth_order import buckets, directions, updates
+from jaxdp.zeroth_order import aggregation, buckets, directions, updates
+from jaxdp.zeroth_order.aggregation import NotPrivate
 from jaxdp.zeroth_order.buckets import Bucket, Layout
 from jaxdp.zeroth_order.directions import Law
 from jaxdp.zeroth_order.estimators import Estimator
@@ -93,19 +95,28 @@ def visit_and_keep(
     return None, *_visit(spec, bucket, streams, index, frozen, context)[1:]
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def finish(
-    spec: Spec, resident: Params, streams: Any, context: Context, mask: jax.Array
-) -> tuple[Scalars, jax.Array, jax.Array]:
-    """The scalars of the step, its mean loss, and how many examples had none."""
+    spec: Spec,
+    plan: PrivacyPlan | None,
+    resident: Params,
+    streams: Any,
+    context: Context,
+    mask: jax.Array,
+    noise_key: Key | None,
+) -> tuple[Scalars, NotPrivate]:
+    """The scalars of the step, and the per-example values behind them."""
     lifted = _probed(spec, spec.model.loss, resident, streams, context.frozen, context, _RESIDENT)
     projected, losses = spec.estimator.results(lifted)  # [K, B], [B]
-    is_finite = jnp.all(jnp.isfinite(projected), axis=0) & jnp.isfinite(losses)
-    counts = ~mask & is_finite
-    total = jnp.sum(jnp.where(counts[None], projected, 0.0), axis=1)  # zeroed before any product (S9)
-    num = jnp.maximum(jnp.sum(counts), 1).astype(jnp.float32)
-    loss = jnp.sum(jnp.where(counts, losses, 0.0)) / num
-    return updates.scalars(spec.sgd, total / num, context.step), loss, jnp.sum(~mask & ~is_finite)
+    contributed = ~mask & jnp.all(jnp.isfinite(projected), axis=0) & jnp.isfinite(losses)
+    per_example = projected.T.astype(jnp.float32)
+    if plan is None:
+        g = aggregation.mean(per_example, contributed)
+    else:  # once a step, before any block can read it (S7)
+        assert noise_key is not None  # `init` draws it
+        g = aggregation.private_mean(per_example, contributed, plan, key=noise_key, step=context.step)
+    not_private = NotPrivate(losses, per_example, contributed)
+    return updates.scalars(spec.sgd, g, context.step), not_private
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -13,7 +13,10 @@ import numpy as np
 from jaxdp import _validate
 from jaxdp._typing import Batch, Key, Params
 from jaxdp.block_model import BlockModel, BlockParams
+from jaxdp.mechanism import Ledger, PrivacyPlan, check_batch
+from jaxdp.noise import secret_key
 from jaxdp.zeroth_order import buckets, directions, programs, updates
+from jaxdp.zeroth_order.aggregation import NotPrivate, check_zeroth_order_plan
 from jaxdp.zeroth_order.buckets import Layout
 from jaxdp.zeroth_order.directions import Law, Rademacher
 from jaxdp.zeroth_order.estimators import Estimator, TwoSided
@@ -26,6 +29,8 @@ from jaxdp.zeroth_order.updates import Pending, Rounding, Scalars, Sgd
 class State:
     """A run whose parameters are what they should be: every update has been applied.
 
+    Under a plan it holds the noise key, so it is secret: publish `params()` and the scalars only.
+
     Attributes:
         resident: Leaves on the device that belong to no block.
         blocks: A bucket for each block, where the blocks wait.
@@ -34,6 +39,8 @@ class State:
         step: Index of the next step.
         layout: Of the buckets.
         frozen: What is read and never changed, if anything.
+        ledger: Under a plan, how many steps were released at which noise.
+        noise_key: Under a plan, the secret noise key; it has nothing to do with the direction key (S8).
     """
 
     resident: Params
@@ -43,6 +50,8 @@ class State:
     step: int
     layout: Layout = dataclasses.field(repr=False)
     frozen: Frozen | None = dataclasses.field(repr=False, default=None)
+    ledger: Ledger = dataclasses.field(default_factory=Ledger)
+    noise_key: Key | None = dataclasses.field(repr=False, default=None)
 
     def params(self) -> BlockParams:
         """The trained parameters, as NumPy arrays: `resident`, and `blocks` stacked `[N, ...]`."""
@@ -64,6 +73,11 @@ class DeferredState:
         """Index of the next step."""
         return self.waiting.step
 
+    @property
+    def ledger(self) -> Ledger:
+        """Under a plan, how many steps were released at which noise."""
+        return self.waiting.ledger
+
 
 @dataclasses.dataclass(frozen=True)
 class Frozen:
@@ -80,14 +94,12 @@ class StepInfo:
     """What a step reports.
 
     Attributes:
-        scalars: What it adds to the trajectory.
-        loss: Mean over the batch of the perturbed losses (of the loss itself under OneSided and ForwardMode).
-        num_dropped: Examples with a non-finite loss, which count as absent.
+        scalars: What it adds to the trajectory. Under a plan, that is what the step releases.
+        not_private: Per-example losses and projected gradients. Not covered by a guarantee (S15).
     """
 
     scalars: Scalars
-    loss: jax.Array
-    num_dropped: jax.Array
+    not_private: NotPrivate
 
 
 class Steps(NamedTuple):
@@ -99,12 +111,14 @@ class Steps(NamedTuple):
     losses: Callable[[State, Batch], jax.Array]
     replay: Callable[[State | DeferredState, Scalars], DeferredState]
     recipe: dict[str, Any]
+    plan: PrivacyPlan | None
 
 
 def make_step(
     model: BlockModel,
     sgd: Sgd,
     *,
+    plan: PrivacyPlan | None = None,
     estimator: Estimator | None = None,
     law: Law | None = None,
     placement: Placement | None = None,
@@ -121,9 +135,15 @@ def make_step(
     **Guarantee**: with one set of options, streamed and resident runs, and the replay of their scalars, have the same parameters
     bit for bit, whatever the prefetch depth.
 
+    **Guarantee** under a plan: the sequence of scalars of `plan.num_steps` steps, on batches drawn by `jaxdp.poisson_batches` with
+    this plan, is (plan.epsilon(), delta)-differentially private, and so is all that follows from it: the parameters, and the
+    trajectory with its direction key. Each example is one clipped vector of K projected gradients; `aggregation` has the equation.
+    A step past `num_steps` is refused before it runs.
+
     Args:
         model: The loss of one example, in parts.
         sgd: How scalars become an update.
+        plan: The privacy numbers, from `jaxdp.plan`, with flat or automatic clipping; None for a run without privacy.
         estimator: How the model is probed; `TwoSided()` by default.
         law: What directions are drawn from; `Rademacher()` by default.
         placement: Where blocks wait; on the device by default.
@@ -133,25 +153,36 @@ def make_step(
             below half a unit in the last place (S19).
 
     Returns:
-        `init(params, *, direction_key, frozen=None) -> State`. `params` are `BlockParams` of arrays, on the host if they are
-        large; each block is copied to its place. `frozen` are further `BlockParams`, nested dicts that the model's functions get
-        joined with the trained ones; the trained blocks then stay on the device, and frozen ones travel one way.
+        `init(params, *, direction_key, frozen=None, noise_key=None) -> State`. `params` are `BlockParams` of arrays, on the host
+        if they are large; each block is copied to its place. `frozen` are further `BlockParams`, nested dicts that the model's
+        functions get joined with the trained ones; the trained blocks then stay on the device, and frozen ones travel one way.
+        Frozen blocks may be quantized, `jaxdp.quantization.quantize_matrices`: they travel as they are and become weights there.
+        Under a plan the noise key is drawn from the operating system's entropy unless it is given.
 
         `step(state, batch, is_padding_example=None) -> (DeferredState, StepInfo)` takes either kind of state and consumes it:
-        its arrays are changed in place or deleted. An interrupted step leaves no state; replay the trajectory.
+        its arrays are changed in place or deleted. An interrupted step leaves no state; replay the trajectory. Under a plan the
+        mask is that of `jaxdp.poisson_batches`.
 
         `flush(state) -> State` applies what waits, and consumes a `DeferredState`. A `State` is returned as it is.
 
         `losses(state, batch) -> [B]`, without perturbation. It takes a `State` only.
 
-        `replay(state, scalars) -> DeferredState` does what the step that reported `scalars` did to the parameters.
+        `replay(state, scalars) -> DeferredState` does what the step that reported `scalars` did to the parameters and the ledger.
 
         `recipe` is a dict for JSON: all that, with base parameters, direction key and scalars, decides the parameters.
+
+        `plan` is the argument.
     """
     estimator = TwoSided() if estimator is None else estimator
     law = Rademacher() if law is None else law
     placement = Placement() if placement is None else placement
     placement.check()
+    if plan is not None:
+        check_zeroth_order_plan(plan)
+    if sgd.is_normalized and estimator.num_directions < 2:
+        raise ValueError(
+            "is_normalized divides by the spread over the directions, and one has none: give num_directions above 1."
+        )
     write_every = _validate.positive_integer("write_every", write_every)
     _validate.one_of("rounding", rounding, ("nearest", "stochastic"))
 
@@ -159,16 +190,25 @@ def make_step(
         frozen_layout = None if state.frozen is None else state.frozen.layout
         return Spec(model, sgd, estimator, law, rounding, state.layout, frozen_layout)
 
+    def recorded(state: State) -> Ledger:
+        return state.ledger if plan is None else state.ledger.record(plan)
+
     def stores(state: State) -> tuple[list[Any], list[tuple[list[Any], Placement]]]:
         blocks = list(state.blocks)
         if state.frozen is None or state.frozen.layout is None:
             return blocks, [(blocks, placement), ([None] * len(blocks), Placement(False, placement.prefetch))]
         return blocks, [(blocks, Placement(False, placement.prefetch)), (list(state.frozen.blocks), placement)]
 
-    def init(params: BlockParams, *, direction_key: Key, frozen: BlockParams | None = None) -> State:
+    def init(
+        params: BlockParams, *, direction_key: Key, frozen: BlockParams | None = None, noise_key: Key | None = None
+    ) -> State:
         resident, stacked = params
         _validate.floating_params(resident, name="resident")
         layout, num_blocks = buckets.layout_of(stacked)
+        if any(layout.specs):
+            raise ValueError(
+                "blocks holds quantized leaves, and only frozen ones can be: an update would be lost in them."
+            )
         waits = placement if frozen is None or not jax.tree.leaves(frozen.blocks) else Placement(False)
         kept = None
         if frozen is not None:
@@ -181,6 +221,7 @@ def make_step(
             step=0,
             layout=layout,
             frozen=kept,
+            noise_key=None if plan is None else _noise_key(noise_key, direction_key),
         )
 
     def step(
@@ -188,9 +229,11 @@ def make_step(
     ) -> tuple[DeferredState, StepInfo]:
         state, num_pending = _opened(state)
         directions.check_step(state.step)
-        mask = jnp.zeros(_validate.batch_axis(batch), bool)
-        if is_padding_example is not None:
+        if plan is None:
             mask = _validate.padding_mask(is_padding_example, _validate.batch_axis(batch))
+        else:
+            state.ledger.check_budget(plan)
+            mask = check_batch(plan, batch, is_padding_example)
         batch = on_device(batch)
         index, spec = np.uint32(state.step), spec_of(state)
         frozen = None if state.frozen is None else state.frozen.resident
@@ -206,7 +249,7 @@ def make_step(
             streams,
             is_written=is_written,
         )
-        new, loss, num_dropped = programs.finish(spec, resident, streams, context, mask)
+        new, not_private = programs.finish(spec, plan, resident, streams, context, mask, state.noise_key)
         pending = updates.cleared(state.pending) if is_written else state.pending
         pending = programs.append(sgd, pending, new, index)
         waiting = dataclasses.replace(
@@ -215,8 +258,9 @@ def make_step(
             blocks=tuple(blocks),
             pending=pending,
             step=state.step + 1,
+            ledger=recorded(state),
         )
-        return DeferredState(waiting, 1 if is_written else num_pending + 1), StepInfo(new, loss, num_dropped)
+        return DeferredState(waiting, 1 if is_written else num_pending + 1), StepInfo(new, not_private)
 
     def flush(state: State | DeferredState) -> State:
         if isinstance(state, State):
@@ -243,7 +287,8 @@ def make_step(
         if num_pending == write_every:
             state, num_pending = flush(DeferredState(state, num_pending)), 0
         pending = programs.append(sgd, state.pending, on_device(scalars), np.uint32(state.step))
-        return DeferredState(dataclasses.replace(state, pending=pending, step=state.step + 1), num_pending + 1)
+        state = dataclasses.replace(state, pending=pending, step=state.step + 1, ledger=recorded(state))
+        return DeferredState(state, num_pending + 1)
 
     def losses(state: State, batch: Batch) -> jax.Array:
         if not isinstance(state, State):
@@ -269,7 +314,19 @@ def make_step(
         "write_every": write_every,
         "rounding": rounding,
     }
-    return Steps(init, step, flush, losses, replay, recipe)
+    return Steps(init, step, flush, losses, replay, recipe, plan)
+
+
+def _noise_key(noise_key: Key | None, direction_key: Key) -> Key:
+    """The secret noise key; a public one is refused."""
+    if noise_key is None:
+        return secret_key()
+    _validate.typed_key("noise_key", noise_key)
+    if np.array_equal(jax.random.key_data(noise_key), directions.words_of(direction_key)):
+        raise ValueError(
+            "noise_key is the direction key, which is public: anyone could subtract the noise. Leave it out, or give another (S8)."
+        )
+    return on_device(jax.random.clone(noise_key))
 
 
 def _opened(state: Any) -> tuple[State, int]:

@@ -23,7 +23,9 @@ import numpy as np
 
 from jaxdp import _validate
 from jaxdp.block_model import BlockParams
+from jaxdp.checkpointing import plan_to_json
 from jaxdp.fingerprint import fingerprint
+from jaxdp.mechanism import PrivacyPlan
 from jaxdp.zeroth_order.directions import words_of
 from jaxdp.zeroth_order.training import DeferredState, State, Steps
 from jaxdp.zeroth_order.updates import Scalars
@@ -40,11 +42,15 @@ class Header:
         direction_words: Of the direction key, two integers. Public.
         base: Fingerprint of the parameters before the first step.
         recipe: `Steps.recipe`.
+        privacy: The numbers of the plan, whose noise is in the scalars; None for a run without one.
+        about: Whatever else helps to find the base model and to make its functions again; JSON.
     """
 
     direction_words: tuple[int, int]
     base: str
     recipe: dict[str, Any]
+    privacy: dict[str, Any] | None = None
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +181,7 @@ def read_trajectory(path: str | os.PathLike[str]) -> Trajectory:
             f"the header of {path} is damaged; the run cannot be read from it. Start again from the base model."
         )
     header = json.loads(content[12 : 12 + length])
-    header = Header(tuple(header["direction_words"]), header["base"], header["recipe"])
+    header = Header(**header | {"direction_words": tuple(header["direction_words"])})
     K = _num_directions(header)
     size = struct.calcsize("<BIf") + 4 * K + 4
     records = []
@@ -199,10 +205,11 @@ def read_trajectory(path: str | os.PathLike[str]) -> Trajectory:
     return Trajectory(header, tuple(records), at)
 
 
-def header_of(steps: Steps, base: BlockParams, direction_key: Any) -> Header:
+def header_of(steps: Steps, base: BlockParams, direction_key: Any, *, about: dict[str, Any] | None = None) -> Header:
     """The header of a run that begins with `steps.init(base, direction_key=direction_key)`."""
     first, second = (int(word) for word in np.asarray(words_of(direction_key)))
-    return Header((first, second), fingerprint(base), steps.recipe)
+    privacy = None if steps.plan is None else _plan_to_json(steps.plan)
+    return Header((first, second), fingerprint(base), steps.recipe, privacy, about or {})
 
 
 def replayed(steps: Steps, state: State, trajectory: Trajectory) -> State | DeferredState:
@@ -214,9 +221,16 @@ def replayed(steps: Steps, state: State, trajectory: Trajectory) -> State | Defe
         trajectory: The journal.
 
     Raises:
-        ValueError: the recipe, the key or the base parameters are not the run's.
+        ValueError: the recipe, the key, the base parameters or, if `steps` has one, the plan are not the run's. Steps without a
+            plan replay any run, and cannot go on with its privacy.
     """
     header = trajectory.header
+    if steps.plan is not None:
+        expected, found = plan_to_json(steps.plan), header.privacy or {}
+        if listing := _validate.differences({name: found.get(name) for name in expected}, expected):
+            raise ValueError(
+                f"the trajectory has another plan ({listing}); give make_step the run's, or none to replay only."
+            )
     if header.recipe != steps.recipe:
         raise ValueError(
             f"the trajectory has another recipe: {_validate.differences(header.recipe, steps.recipe)}; give make_step the run's."
@@ -241,6 +255,10 @@ def replayed(steps: Steps, state: State, trajectory: Trajectory) -> State | Defe
             scalars = Scalars(jnp.asarray(record.projected_gradients), jnp.asarray(record.learning_rate))
             current = steps.replay(current, scalars)
     return current
+
+
+def _plan_to_json(plan: PrivacyPlan) -> dict[str, Any]:
+    return plan_to_json(plan) | {"num_steps": plan.num_steps, "target_delta": plan.target_delta}
 
 
 def _encoded_header(header: Header) -> bytes:

@@ -34,7 +34,7 @@ def first_scalars(estimator, law, params=None, batch=None, key=None):
     params = toy_params() if params is None else params
     steps = make_step(toy(), Sgd(1e-3), estimator=estimator, law=law)
     _, info = steps.step(steps.init(params, direction_key=key), toy_batch() if batch is None else batch)
-    return np.asarray(info.scalars.projected_gradients), float(info.loss)
+    return np.asarray(info.scalars.projected_gradients), float(info.not_private.mean_loss())
 
 
 @pytest.mark.parametrize("law", [Rademacher(), Gaussian()], ids=lambda law: type(law).__name__)

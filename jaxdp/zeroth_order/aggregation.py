@@ -1,0 +1,81 @@
+"""Projected gradients of a batch -> the K numbers of the step: the one place of a zeroth-order step where examples meet.
+
+Without a plan, their mean. With one, DP-AggZO (USENIX Security 2025), which for K = 1 is DPZero (arXiv 2310.09639):
+
+    v_i = (D_i1, ..., D_iK) / K;    y = sum_i v_i min(1, C / ||v_i||) + N(0, (sigma C)^2 I_K);    g = K y / (q N)
+
+so that the update along sum_k g_k z_k / K is the paper's along sum_k y_k z_k / (q N). Examples are clipped, summed and noised
+by what DP-SGD uses: v_i is a gradient with K coordinates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxdp._typing import Key
+from jaxdp.clipping import Automatic, Flat, clip_and_sum
+from jaxdp.mechanism import PrivacyPlan, check_plan, privatize
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NotPrivate:
+    """Per-example values of one step. They are the data: look at them, and never publish them or feed them back (S15).
+
+    Attributes:
+        loss: Mean of the perturbed losses of each example, `[B]`; the loss itself under OneSided and ForwardMode.
+        projected_gradients: D, before the clip, `[B, K]`.
+        contributed: Bool `[B]`: False for padding and for examples with a non-finite loss or projected gradient.
+    """
+
+    loss: jax.Array
+    projected_gradients: jax.Array
+    contributed: jax.Array
+
+    def mean_loss(self) -> jax.Array:
+        """Mean loss of the examples that contributed; NaN if none did."""
+        total = jnp.sum(jnp.where(self.contributed, self.loss, 0.0))
+        return total / jnp.sum(self.contributed).astype(total.dtype)
+
+
+def check_zeroth_order_plan(plan: Any) -> PrivacyPlan:
+    """Refuses plans whose clip norm would have to be carried beside the scalars, or that clip by layer."""
+    if not isinstance(check_plan(plan).clipping, Flat | Automatic):
+        raise ValueError(
+            f"a zeroth-order step clips one vector of projected gradients for each example, and the plan has {plan.clipping}; "
+            "plan with jaxdp.flat(C) or jaxdp.automatic(C)."
+        )
+    return plan
+
+
+def mean(projected_gradients: jax.Array, contributed: jax.Array) -> jax.Array:
+    """Mean over the examples that contribute, `[B, K]` to `[K]`; zeros if none does. Not private."""
+    total = jnp.sum(jnp.where(contributed[:, None], projected_gradients, 0.0), axis=0)  # zeroed before any product (S9)
+    return total / jnp.maximum(jnp.sum(contributed), 1).astype(jnp.float32)
+
+
+def private_mean(
+    projected_gradients: jax.Array, contributed: jax.Array, plan: PrivacyPlan, *, key: Key, step: jax.Array
+) -> jax.Array:
+    """The released g `[K]`.
+
+    **Guarantee**: one Gaussian mechanism of noise multiplier `plan.noise_multiplier`, whatever K: the K numbers are clipped as
+    one vector and noised by one draw (S11 v). All that follows from them and the directions is post-processing (S14).
+
+    Args:
+        projected_gradients: D, float32 `[B, K]`; row i depends on example i and on released values only (S3).
+        contributed: Bool `[B]`; False for padding, and for what is known to be non-finite.
+        plan: As `check_zeroth_order_plan` takes it.
+        key: The secret noise key (S8).
+        step: Index of the step. One (key, step) must see one batch.
+    """
+    K = projected_gradients.shape[1]
+    per_example = projected_gradients / K
+    groups = plan.clipping.groups(jnp.zeros(K, jnp.float32))
+    clip_norms = jnp.asarray(plan.clipping.clip_norms(groups))
+    clipped, _, _ = clip_and_sum(per_example, plan.clipping, groups, clip_norms, counts=contributed)
+    return K * privatize(clipped, groups, plan, clip_norms, key=key, step=step).mean

@@ -1,0 +1,194 @@
+"""Private zeroth-order steps: one clipped vector of K numbers for each example, one Gaussian draw, one event."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from hypothesis.extra import numpy as npst
+
+import jaxdp
+from jaxdp.zeroth_order import (
+    ForwardMode,
+    Journal,
+    LowRank,
+    Placement,
+    Sgd,
+    TwoSided,
+    aggregation,
+    header_of,
+    make_step,
+    read_trajectory,
+    replayed,
+)
+from tests.zeroth_order.models import bits, toy, toy_batch, toy_params
+
+B = 6
+NOISE_KEY = jax.random.key(7, impl="threefry2x32")
+
+
+def plan_of(*, noise_multiplier=1.0, clip_norm=1.0, num_steps=100, **options):
+    """Every example in every step, so that a batch is the data set."""
+    return jaxdp.plan(
+        num_examples=B,
+        sampling_prob=1.0,
+        num_steps=num_steps,
+        clipping=jaxdp.flat(clip_norm),
+        noise_multiplier=noise_multiplier,
+        **options,
+    )
+
+
+def first_step(key, plan, batch=None, *, noise_key=NOISE_KEY, estimator=None, mask=None, **options):
+    steps = make_step(toy(), Sgd(1e-2), plan=plan, estimator=estimator, **options)
+    state = steps.init(toy_params(), direction_key=key, noise_key=None if plan is None else noise_key)
+    return steps.step(state, toy_batch() if batch is None else batch, mask)
+
+
+def g_of(result):
+    return np.asarray(result[1].scalars.projected_gradients)
+
+
+@pytest.mark.parametrize("estimator", [TwoSided(1), TwoSided(4), ForwardMode(4)], ids=str)
+def test_without_noise_and_clip_it_is_the_step_without_privacy(estimator, key):
+    free = g_of(first_step(key, None, estimator=estimator))
+    bound = g_of(first_step(key, plan_of(noise_multiplier=0.0, clip_norm=1e9), estimator=estimator))
+    np.testing.assert_allclose(bound, free, rtol=1e-5)
+
+
+def test_the_release_is_its_equation(key):
+    """g = K / (q N) (sum_i v_i min(1, C / ||v_i||) + sigma C n), v = D / K: DP-AggZO, and DPZero for K = 1."""
+    for K in (1, 4):
+        C = 0.05
+        _, info = first_step(key, plan_of(noise_multiplier=0.0, clip_norm=C), estimator=TwoSided(K))
+        v = np.asarray(info.not_private.projected_gradients, np.float64) / K
+        norms = np.linalg.norm(v, axis=1)
+        assert np.all(norms > C), "the clip is at work"
+        np.testing.assert_allclose(
+            info.scalars.projected_gradients, K / B * np.sum(v * (C / norms)[:, None], axis=0), rtol=1e-4
+        )
+
+
+def test_the_noise_has_the_std_of_the_plan_and_is_drawn_once(key):
+    """The difference to the run without noise is K sigma C / (q N) n, for steps with keys of their own (S7, S11)."""
+    K, C, sigma, T = 4, 0.5, 3.0, 60
+    draws = []
+    noisy = make_step(toy(), Sgd(1e-9), plan=plan_of(noise_multiplier=sigma, clip_norm=C), estimator=TwoSided(K))
+    exact = make_step(toy(), Sgd(1e-9), plan=plan_of(noise_multiplier=0.0, clip_norm=C), estimator=TwoSided(K))
+    a = noisy.init(toy_params(), direction_key=key, noise_key=NOISE_KEY)
+    b = exact.init(toy_params(), direction_key=key, noise_key=NOISE_KEY)
+    for _ in range(T):
+        a, one = noisy.step(a, toy_batch(), None)
+        b, other = exact.step(b, toy_batch(), None)
+        draws.append(np.asarray(one.scalars.projected_gradients) - np.asarray(other.scalars.projected_gradients))
+    stds = np.array(draws) / (K * sigma * C / B)
+    assert abs(np.std(stds) - 1) < 5 / np.sqrt(2 * stds.size)
+    assert abs(np.mean(stds)) < 5 / np.sqrt(stds.size)
+    assert np.unique(stds).size == stds.size
+    assert a.ledger.num_steps == T
+    assert len(a.ledger.entries) == 1
+
+
+def test_noise_does_not_follow_from_the_directions(key):
+    """S8: one direction key with two noise keys gives two releases; by default the operating system gives the key."""
+    plan = plan_of()
+    assert not np.allclose(g_of(first_step(key, plan)), g_of(first_step(key, plan, noise_key=jax.random.key(8))))
+    assert not np.allclose(g_of(first_step(key, plan, noise_key=None)), g_of(first_step(key, plan, noise_key=None)))
+    with pytest.raises(ValueError, match="noise_key is the direction key, which is public"):
+        first_step(key, plan, noise_key=key)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    npst.arrays(np.float32, (5, 3), elements=st.floats(-(2.0**66), 2.0**66, width=32) | st.sampled_from([np.nan, np.inf])),
+    st.integers(0, 4),
+)
+def test_one_example_moves_the_sum_by_at_most_the_clip_norm(projected, removed):
+    """S1, S9: whatever it holds. With sigma = 0 the release is K / (q N) times the sum."""
+    C, K = 0.7, projected.shape[1]
+    plan = plan_of(noise_multiplier=0.0, clip_norm=C)
+    counts = jnp.all(jnp.isfinite(projected), axis=1)
+
+    def total(counts):
+        g = aggregation.private_mean(jnp.asarray(projected), counts, plan, key=NOISE_KEY, step=jnp.uint32(0))
+        return np.asarray(g, np.float64) * B / K
+
+    move = np.linalg.norm(total(counts) - total(counts.at[removed].set(False)))
+    assert move <= C * (1 + 1e-5)
+
+
+def test_non_finite_and_padding_contribute_nothing(key):
+    """S9, S10: the release is that of the others, and of an empty batch it is the noise."""
+    plan, poisoned = plan_of(clip_norm=0.1), jax.tree.map(np.copy, toy_batch())
+    poisoned["x"][[1, 4]] = np.nan
+    mask = np.isin(np.arange(B), [1, 4])
+    np.testing.assert_array_equal(g_of(first_step(key, plan, poisoned)), g_of(first_step(key, plan, mask=mask)))
+    empty = g_of(first_step(key, plan, mask=np.ones(B, bool)))
+    assert np.all(np.isfinite(empty))
+    assert np.all(empty != 0)
+
+
+@pytest.mark.parametrize("law", [None, LowRank()], ids=["Rademacher", "LowRank"])
+def test_streamed_resident_and_replayed_private_runs_are_the_same_bits(law, key, tmp_path):
+    """The journal of a private run gives the private model without the noise key."""
+    plan, options = plan_of(clip_norm=0.1), {"law": law, "estimator": TwoSided(4)}
+    found = []
+    for placement in (Placement(), Placement(is_streamed=True)):
+        steps = make_step(toy(), Sgd(1e-2), plan=plan, placement=placement, **options)
+        state = steps.init(toy_params(), direction_key=key, noise_key=NOISE_KEY)
+        path = tmp_path / f"{placement.is_streamed}"
+        with Journal.create(path, header_of(steps, toy_params(), key)) as journal:
+            for t in range(3):
+                state, info = steps.step(state, toy_batch(), None)
+                journal.append(t, info.scalars)
+        found.append(bits(steps.flush(state).params()))
+        words = np.asarray(jax.random.key_data(NOISE_KEY)).tobytes()
+        assert words not in path.read_bytes()
+    assert found[0] == found[1] != bits(toy_params())
+    trajectory = read_trajectory(path)
+    assert trajectory.header.privacy is not None
+    assert trajectory.header.privacy["noise_multiplier"] == 1.0
+    public = make_step(toy(), Sgd(1.0), **options)
+    again = replayed(public, public.init(toy_params(), direction_key=key), trajectory)
+    assert bits(public.flush(again).params()) == found[0]
+    resumed = make_step(toy(), Sgd(1e-2), plan=plan, **options)
+    again = replayed(resumed, resumed.init(toy_params(), direction_key=key, noise_key=NOISE_KEY), trajectory)
+    assert again.ledger.num_steps == 3
+    other = make_step(toy(), Sgd(1e-2), plan=plan_of(noise_multiplier=2.0), **options)
+    with pytest.raises(ValueError, match=r"another plan \(.*clipping"):
+        replayed(other, other.init(toy_params(), direction_key=key), trajectory)
+
+
+def test_the_epsilon_is_that_of_dp_sgd(key):
+    """K numbers clipped as one vector are one event: the same (q, sigma, T) cost the same, whatever K (S11 v)."""
+    plan = dataclasses.replace(plan_of(num_steps=3), target_delta=1e-5)
+    steps = make_step(toy(), Sgd(1e-2), plan=plan, estimator=TwoSided(4))
+    state = steps.init(toy_params(), direction_key=key)
+    for _ in range(3):
+        state, _ = steps.step(state, toy_batch(), None)
+    assert plan.epsilon_so_far(state.ledger) == plan.epsilon()
+    with pytest.raises(jaxdp.BudgetExhaustedError, match="step 4 was not run"):
+        steps.step(state, toy_batch(), None)
+
+
+def test_bad_private_steps_are_refused(key):
+    for clipping, named in ((jaxdp.per_layer(1.0), "per-layer"), (jaxdp.quantile(1.0), "quantile")):
+        plan = jaxdp.plan(num_examples=B, sampling_prob=1.0, num_steps=2, clipping=clipping, noise_multiplier=0.5)
+        with pytest.raises(ValueError, match=rf"(?i){named}.*jaxdp.flat"):
+            make_step(toy(), Sgd(1e-2), plan=plan)
+    with pytest.raises(TypeError, match="plan must be a PrivacyPlan"):
+        make_step(toy(), Sgd(1e-2), plan=1.0)
+    with pytest.raises(ValueError, match=r"is_normalized .* num_directions above 1"):
+        make_step(toy(), Sgd(1e-2, is_normalized=True))
+    poisson = jaxdp.plan(
+        num_examples=60,
+        expected_batch_size=3,
+        num_steps=2,
+        clipping=jaxdp.flat(1.0),
+        noise_multiplier=1.0,
+        padded_batch_size=B,
+    )
+    with pytest.raises(ValueError, match="is_padding_example is missing"):
+        first_step(key, poisson)
