@@ -1,27 +1,32 @@
 """Device memory of a streamed zeroth-order step of OPT models, from programs compiled for an H200; no GPU is needed.
 
     .ci/aot python -m benchmarks.zeroth_order_memory --json benchmarks/results/zeroth_order_memory_h200_aot.json
+    .ci/aot python -m benchmarks.zeroth_order_memory --base int4 --json benchmarks/results/zeroth_order_memory_int4_h200_aot.json
 
-One sequence of 2048 tokens, bfloat16, full fine-tuning by SPSA, cuDNN attention. The peak is the largest sum of all that is
-alive at once: a program's arguments, results and temporaries, the blocks under way to and from the device, and the
-resident embedding. It leaves out what only a real device has: the CUDA context, the allocator's slack, cuDNN's workspace.
+One sequence of 2048 tokens, bfloat16, SPSA, cuDNN attention: full fine-tuning, or adapters of rank 8 above a frozen base. The
+peak is the largest sum of all that is alive at once (`jaxdp.zeroth_order.memory`). It leaves out what only a real device has:
+the CUDA context, the allocator's slack, cuDNN's workspace.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import tyro
 
+import jaxdp
 from benchmarks import harness
-from jaxdp.models import causal_lm
+from jaxdp.models import Lora, causal_lm
+from jaxdp.models.lora import is_adapter
+from jaxdp.models.trainable import parts
+from jaxdp.quantization import quantized_shapes
 from jaxdp.text import language_model_blocks
-from jaxdp.zeroth_order import Gaussian, Law, LowRank, Rademacher, Sgd, TwoSided, buckets, programs, updates
+from jaxdp.zeroth_order import BlockParams, Gaussian, Law, LowRank, Placement, Rademacher, Sgd, TwoSided
+from jaxdp.zeroth_order.memory import step_memory
 
 #: Blocks, width, heads; and what ZO2 takes by NVML for one sequence of 2048 tokens in float16, in GB (its README).
 MODELS = {
@@ -34,6 +39,8 @@ MODELS = {
     "opt-175b": (96, 12288, 96, 18.04),
 }
 LAWS = {"rademacher": Rademacher(), "gaussian": Gaussian(), "low-rank": LowRank()}
+#: Full fine-tuning; or adapters above a base that is frozen in a format.
+Base = Literal["trained", "bfloat16", "int8", "int6", "int4"]
 _VOCABULARY, _GIB = 50272, 2**30
 
 
@@ -49,87 +56,104 @@ class Config:
     """K."""
     length: int = 2048
     """Tokens of the sequence."""
+    base: Base = "trained"
+    """trained: full fine-tuning. Others: adapters of rank 8 above a base in that format."""
+    private: bool = False
+    """Clip and noise the projected gradients."""
     json: Path | None = None
     """Where to write the record."""
 
 
 def measure(config: Config) -> dict[str, Any]:
     """Compiles every model, and returns the record that is written."""
+    settings = {name: getattr(config, name) for name in ("law", "num_directions", "length", "base", "private")}
+    options = "".join(f" --{name.replace('_', '-')} {value}" for name, value in settings.items() if value is not False)
     record: dict[str, Any] = {
         "benchmark": "device memory of a streamed zeroth-order step, compiled for an H200",
-        "command": f".ci/aot python -m benchmarks.zeroth_order_memory --law {config.law}",
+        "command": ".ci/aot python -m benchmarks.zeroth_order_memory" + options.replace("True", "").rstrip(),
         "meter": "XLA compiled memory statistics, summed over what is alive; ZO2's figures are NVML's",
-        "length": config.length,
-        "law": config.law,
-        "num_directions": config.num_directions,
+        **settings,
         "versions": {"jax": jax.__version__},
         "rows": [],
     }
     for name in config.models:
-        record["rows"].append(row(name, LAWS[config.law], length=config.length, num_directions=config.num_directions))
+        record["rows"].append(row(name, **settings | {"law": LAWS[config.law]}))
         print(_line(record["rows"][-1]), flush=True)
         if config.json is not None:
             harness.write_json(config.json, record)
     return record
 
 
-def row(name: str, law: Law, *, length: int = 2048, num_directions: int = 1) -> dict[str, Any]:
+def row(
+    name: str,
+    law: Law,
+    *,
+    length: int = 2048,
+    num_directions: int = 1,
+    base: Base = "trained",
+    private: bool = False,
+) -> dict[str, Any]:
     """The figures of one model, in bytes."""
     from tests.aot import h200
 
     num_blocks, width, num_heads, zo2_gigabytes = MODELS[name]
     model = causal_lm(_opt(num_blocks, width, num_heads), dtype=jnp.bfloat16, implementation="cudnn")
-    shapes = model.shapes(jnp.bfloat16)
-    resident = {part: shapes[part] for part in ("embed", "head") if part in shapes}
-    layout, _ = buckets.layout_of(shapes["blocks"])
-    estimator = TwoSided(num_directions)
-    blocks = language_model_blocks(model)
-    spec = programs.Spec(blocks, Sgd(1e-6), estimator, law, "nearest", layout, None)
-    shape: Any = jax.ShapeDtypeStruct
-    context = programs.Context(
-        pending=jax.eval_shape(lambda: updates.nothing_pending(spec.sgd, num_directions, 1)),
-        root=shape((2,), jnp.uint32),
-        step=shape((), jnp.uint32),
-        batch={"tokens": shape((1, 1, length), jnp.int32), "weights": shape((1, 1, length), jnp.float32)},
-        frozen=None,
+    if base != "trained":
+        model = model.with_lora(Lora(8, 16.0, ("all-linear",)))
+    trained, frozen = _shapes(model, base)
+    tokens = jax.ShapeDtypeStruct((1, 1, length), jnp.int32)
+    figures: dict[str, Any] = {}
+
+    def compiled(program: Any, *arguments: Any) -> Any:
+        found = h200.compile_for_h200(program, *arguments)
+        figures[program.__name__] = {
+            "device_bytes": found.device_bytes,
+            "temp_bytes": found.temp_bytes,
+            "alias_bytes": found.alias_bytes,
+        }
+        return found
+
+    found = step_memory(
+        language_model_blocks(model),
+        Sgd(1e-6),
+        trained,
+        {"tokens": tokens, "weights": jax.ShapeDtypeStruct(tokens.shape, jnp.float32)},
+        plan=_plan() if private else None,
+        estimator=TwoSided(num_directions),
+        law=law,
+        frozen=frozen,
+        compiled=compiled,
     )
-    bucket = layout.bucket()
-    _, streams = jax.eval_shape(lambda r, c: programs.start_and_write(spec, r, c), resident, context)
-    index, mask = shape((), jnp.int32), shape((1,), jnp.bool_)
-    compiled = {
-        "start": h200.compile_for_h200(
-            jax.jit(lambda r, c: programs.start_and_write(spec, r, c), donate_argnums=0), resident, context
-        ),
-        "visit": h200.compile_for_h200(
-            jax.jit(lambda b, s, i, c: programs.visit_and_write(spec, b, s, i, None, c), donate_argnums=(0, 1)),
-            *(bucket, streams, index, context),
-        ),
-        "finish": h200.compile_for_h200(
-            lambda r, s, c, m: programs.finish(spec, r, s, c, m), resident, streams, context, mask
-        ),
-    }
-    alone = {program: figures.device_bytes for program, figures in compiled.items()}
-    resident_bytes = sum(2 * math.prod(leaf.shape) for leaf in jax.tree.leaves(resident))
-
-    def peak(prefetch: int) -> int:
-        return max(
-            alone["start"] + prefetch * layout.num_bytes,
-            # One block computes, `prefetch` arrive, and one leaves; without prefetch it has left before the next arrives.
-            alone["visit"] + resident_bytes + (prefetch + 1 if prefetch else 0) * layout.num_bytes,
-            alone["finish"] + layout.num_bytes,
-        )
-
+    placements = {str(prefetch): Placement(is_streamed=True, prefetch=prefetch) for prefetch in (1, 0)}
     return {
         "model": name,
-        "block_bytes": layout.num_bytes,
-        "resident_bytes": resident_bytes,
-        "host_bytes": num_blocks * layout.num_bytes,
-        "program_bytes": alone,
-        "temp_bytes": {program: figures.temp_bytes for program, figures in compiled.items()},
-        "visit_alias_bytes": compiled["visit"].alias_bytes,
-        "peak_bytes": {str(prefetch): peak(prefetch) for prefetch in (1, 0)},
+        "block_bytes": found.frozen_block or found.block,
+        "resident_bytes": found.resident,
+        "programs": figures,
+        "peak_bytes": {prefetch: found.device_peak(placement) for prefetch, placement in placements.items()},
+        "host_bytes": {prefetch: found.host_bytes(placement) for prefetch, placement in placements.items()},
         "zo2_nvml_gigabytes": zo2_gigabytes,
     }
+
+
+def _shapes(model: Any, base: Base) -> tuple[BlockParams, BlockParams | None]:
+    """The trained part and the frozen part."""
+    if base == "trained":
+        return _block_params(model.shapes(jnp.bfloat16)), None
+    trained, _ = parts(model, model.shapes(jnp.float32), "lora")
+    _, frozen = parts(model, model.shapes(jnp.bfloat16), "lora")
+    trained, frozen = _block_params(trained), _block_params(frozen)
+    if base != "bfloat16":
+        frozen = frozen._replace(blocks=quantized_shapes(frozen.blocks, base, but=is_adapter))
+    return trained, frozen
+
+
+def _block_params(tree: Any) -> BlockParams:
+    return BlockParams({part: tree[part] for part in ("embed", "head") if part in tree}, tree["blocks"])
+
+
+def _plan() -> jaxdp.PrivacyPlan:
+    return jaxdp.plan(num_examples=1, sampling_prob=1.0, num_steps=1, clipping=jaxdp.flat(1.0), noise_multiplier=1.0)
 
 
 def _opt(num_blocks: int, width: int, num_heads: int) -> dict[str, Any]:
@@ -149,7 +173,7 @@ def _opt(num_blocks: int, width: int, num_heads: int) -> dict[str, Any]:
 def _line(found: dict[str, Any]) -> str:
     return (
         f"{found['model']}: block {found['block_bytes'] / _GIB:.2f} GiB, peak {found['peak_bytes']['1'] / _GIB:.2f} GiB with one "
-        f"block prefetched, {found['peak_bytes']['0'] / _GIB:.2f} without; host {found['host_bytes'] / _GIB:.1f} GiB; ZO2 "
+        f"block prefetched, {found['peak_bytes']['0'] / _GIB:.2f} without; host {found['host_bytes']['1'] / _GIB:.1f} GiB; ZO2 "
         f"{found['zo2_nvml_gigabytes']} GB"
     )
 

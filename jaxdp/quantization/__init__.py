@@ -35,5 +35,9 @@ from jaxdp.quantization.layout import (
     num_bytes as num_bytes,
     to_bytes as to_bytes,
 )
-from jaxdp.quantization.packing import quantize as quantize, quantize_matrices as quantize_matrices
+from jaxdp.quantization.packing import (
+    quantize as quantize,
+    quantize_matrices as quantize_matrices,
+    quantized_shapes as quantized_shapes,
+)
 from jaxdp.quantization.unpacking import dequantize as dequantize

@@ -86,12 +86,28 @@ def quantize_matrices(stacked: Params, format: FormatName, *, but: Callable[[str
     >>> found["kernel"].spec.shape, found["bias"].shape
     ((3, 4, 2), (3, 2))
     """
+    return _on_matrices(lambda leaf: quantize(np.asarray(leaf), format), stacked, but)
 
-    def quantized(path: Any, leaf: Any) -> Any:
-        is_kept = np.ndim(leaf) < 3 or (but is not None and but(_validate.leaf_name(path)))
-        return leaf if is_kept else quantize(np.asarray(leaf), format)
 
-    return jax.tree_util.tree_map_with_path(quantized, stacked)
+def quantized_shapes(stacked: Params, format: FormatName, *, but: Callable[[str], bool] | None = None) -> Params:
+    """What `quantize_matrices` would return, of arrays or `jax.ShapeDtypeStruct`s, as `jax.ShapeDtypeStruct`s."""
+
+    def shapes(leaf: Any) -> Packed:
+        spec = PackedSpec(leaf.shape, format, DEFAULT_GROUP_SIZES[format])
+        planes = tuple(jax.ShapeDtypeStruct(shape, jnp.uint8) for shape in plane_shapes(spec))
+        scales = jax.ShapeDtypeStruct(scales_shape(spec), jnp.bfloat16)
+        return Packed(PackedArrays(planes, scales), spec, jnp.dtype(leaf.dtype).name)
+
+    shape_of = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype), stacked)
+    return _on_matrices(shapes, shape_of, but)
+
+
+def _on_matrices(fun: Callable[[Any], Packed], stacked: Params, but: Callable[[str], bool] | None) -> Params:
+    def mapped(path: Any, leaf: Any) -> Any:
+        is_kept = len(leaf.shape) < 3 or (but is not None and but(_validate.leaf_name(path)))
+        return leaf if is_kept else fun(leaf)
+
+    return jax.tree_util.tree_map_with_path(mapped, stacked)
 
 
 def _tiles(spec: PackedSpec) -> Iterator[tuple[slice, slice, slice]]:

@@ -79,6 +79,28 @@ class LowRank:
 Law: TypeAlias = Rademacher | Gaussian | LowRank
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """The direction L Rᵀ of a matrix.
+
+    Attributes:
+        left: L, float32 `[m, r]`.
+        right: R, float32 `[n, r]`.
+    """
+
+    left: jax.Array
+    right: jax.Array
+
+    def dense(self) -> jax.Array:
+        """The matrix, `[m, n]`."""
+        return lax.dot_general(self.left, self.right, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
+
+    def scaled(self, scale: jax.Array | float) -> Factors:
+        """The matrix times a number."""
+        return Factors(self.left * scale, self.right)
+
+
 def leaf_directions(
     law: Law,
     root: jax.Array,
@@ -88,6 +110,7 @@ def leaf_directions(
     block: jax.Array,
     shapes: Params,
     only: int | None = None,
+    is_factored: bool = False,
 ) -> Params:
     """The direction of one block, a float32 pytree; or of its leaf number `only`.
 
@@ -98,6 +121,7 @@ def leaf_directions(
         k: Index of the direction within its step.
         block: 0 for the leaves that belong to no block, 1 + i for block i.
         shapes: Pytree of things with a shape. Each leaf has its own stretch of the block's counter, in their order.
+        is_factored: Give low-rank directions of matrices `[m, n]` as `Factors`: the same direction up to rounding.
     """
     leaves, treedef = jax.tree.flatten(shapes)
     sizes = [math.prod(leaf.shape) for leaf in leaves]
@@ -110,8 +134,8 @@ def leaf_directions(
     else:
         refresh = jnp.asarray(step, jnp.uint32) // jnp.uint32(law.refresh_every)
         subspace = _key(root, jnp.uint32(_SUBSPACE_STREAM), refresh, block)
-        flat = _low_rank(law.rank, key, subspace, [leaf.shape for leaf in leaves], chosen)
-    shaped = [_shaped(z, leaves[i].shape) for z, i in zip(flat, chosen, strict=True)]
+        flat = _low_rank(law.rank, key, subspace, [leaf.shape for leaf in leaves], chosen, is_factored=is_factored)
+    shaped = [z if isinstance(z, Factors) else _shaped(z, leaves[i].shape) for z, i in zip(flat, chosen, strict=True)]
     return treedef.unflatten(shaped) if only is None else shaped[0]
 
 
@@ -207,9 +231,15 @@ def _normals(high: jax.Array, low: jax.Array) -> jax.Array:
 
 
 def _low_rank(
-    rank: int, key: jax.Array, subspace: jax.Array, shapes: Sequence[tuple[int, ...]], chosen: Sequence[int]
-) -> list[jax.Array]:
-    """U Vᵀ / sqrt(r) of matrices and normals of vectors, flat."""
+    rank: int,
+    key: jax.Array,
+    subspace: jax.Array,
+    shapes: Sequence[tuple[int, ...]],
+    chosen: Sequence[int],
+    *,
+    is_factored: bool,
+) -> list[Any]:
+    """U Vᵀ / sqrt(r) of matrices, flat or in factors, and normals of vectors."""
     sides = [(math.prod(shape[:-1]), shape[-1] if len(shape) > 1 else 0) for shape in shapes]
     sizes = [m * rank if n else math.prod(shape) for (m, n), shape in zip(sides, shapes, strict=True)]
     lefts = [_normals(*pair) for pair in _leaf_words(key, sizes, chosen)]
@@ -226,7 +256,11 @@ def _low_rank(
     found = []
     for left, right, i in zip(lefts, rights, chosen, strict=True):
         m, n = sides[i]
-        found.append(product(left, right, m, n) if n else left)
+        if is_factored and len(shapes[i]) == 2:
+            scaled = left.reshape(rank, m).T * np.float32(rank**-0.5)
+            found.append(Factors(scaled, right.reshape(rank, n).T))
+        else:
+            found.append(product(left, right, m, n) if n else left)
     return found
 
 

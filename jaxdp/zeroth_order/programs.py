@@ -21,7 +21,7 @@ from jaxdp.models.trainable import join
 from jaxdp.zeroth_order import aggregation, buckets, directions, updates
 from jaxdp.zeroth_order.aggregation import NotPrivate
 from jaxdp.zeroth_order.buckets import Bucket, Layout
-from jaxdp.zeroth_order.directions import Law
+from jaxdp.zeroth_order.directions import Law, LowRank
 from jaxdp.zeroth_order.estimators import Estimator
 from jaxdp.zeroth_order.updates import Pending, Rounding, Scalars, Sgd
 
@@ -39,7 +39,6 @@ class Spec:
     """
 
     model: BlockModel
-    sgd: Sgd
     estimator: Estimator
     law: Law
     rounding: Rounding
@@ -95,9 +94,10 @@ def visit_and_keep(
     return None, *_visit(spec, bucket, streams, index, frozen, context)[1:]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def finish(
     spec: Spec,
+    sgd: Sgd,
     plan: PrivacyPlan | None,
     resident: Params,
     streams: Any,
@@ -116,7 +116,7 @@ def finish(
         assert noise_key is not None  # `init` draws it
         g = aggregation.private_mean(per_example, contributed, plan, key=noise_key, step=context.step)
     not_private = NotPrivate(losses, per_example, contributed)
-    return updates.scalars(spec.sgd, g, context.step), not_private
+    return updates.scalars(sgd, g, context.step), not_private
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -193,12 +193,21 @@ def _visit(
 def _probed(
     spec: Spec, fun: Callable[..., Any], params: Params, streams: Any, frozen: Params, context: Context, block: Any
 ) -> Any:
+    is_factored = isinstance(spec.law, LowRank)
+
     def direction(k: jax.Array) -> Params:
         return directions.leaf_directions(
-            spec.law, context.root, step=context.step, k=k, block=jnp.asarray(block, jnp.uint32), shapes=params
+            spec.law,
+            context.root,
+            step=context.step,
+            k=k,
+            block=jnp.asarray(block, jnp.uint32),
+            shapes=params,
+            is_factored=is_factored,
         )
 
-    return spec.estimator.lift(_on_batch(fun, frozen, context.batch), params, direction, streams)
+    part = _on_batch(fun, frozen, context.batch)
+    return spec.estimator.lift(part, params, direction, streams, is_factored=is_factored)
 
 
 def _on_batch(fun: Callable[..., Any], frozen: Params, batch: Batch) -> Callable[[Params, Any], Any]:

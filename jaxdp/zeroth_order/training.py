@@ -18,7 +18,7 @@ from jaxdp.noise import secret_key
 from jaxdp.zeroth_order import buckets, directions, programs, updates
 from jaxdp.zeroth_order.aggregation import NotPrivate, check_zeroth_order_plan
 from jaxdp.zeroth_order.buckets import Layout
-from jaxdp.zeroth_order.directions import Law, Rademacher
+from jaxdp.zeroth_order.directions import Law, LowRank, Rademacher
 from jaxdp.zeroth_order.estimators import Estimator, TwoSided
 from jaxdp.zeroth_order.programs import Context, Spec
 from jaxdp.zeroth_order.streaming import Placement, on_device, pass_through
@@ -183,12 +183,16 @@ def make_step(
         raise ValueError(
             "is_normalized divides by the spread over the directions, and one has none: give num_directions above 1."
         )
+    if getattr(estimator, "num_at_once", 1) > 1 and not isinstance(law, LowRank):
+        raise ValueError(
+            f"num_at_once={estimator.num_at_once} needs low-rank directions: each of the others would need a copy of every matrix."
+        )
     write_every = _validate.positive_integer("write_every", write_every)
     _validate.one_of("rounding", rounding, ("nearest", "stochastic"))
 
     def spec_of(state: State) -> Spec:
         frozen_layout = None if state.frozen is None else state.frozen.layout
-        return Spec(model, sgd, estimator, law, rounding, state.layout, frozen_layout)
+        return Spec(model, estimator, law, rounding, state.layout, frozen_layout)
 
     def recorded(state: State) -> Ledger:
         return state.ledger if plan is None else state.ledger.record(plan)
@@ -203,7 +207,8 @@ def make_step(
         params: BlockParams, *, direction_key: Key, frozen: BlockParams | None = None, noise_key: Key | None = None
     ) -> State:
         resident, stacked = params
-        _validate.floating_params(resident, name="resident")
+        if jax.tree.leaves(resident):
+            _validate.floating_params(resident, name="resident")
         layout, num_blocks = buckets.layout_of(stacked)
         if any(layout.specs):
             raise ValueError(
@@ -238,7 +243,8 @@ def make_step(
         index, spec = np.uint32(state.step), spec_of(state)
         frozen = None if state.frozen is None else state.frozen.resident
         context = Context(state.pending, state.direction_words, index, batch, frozen)
-        is_written = num_pending == write_every
+        # Where every visit writes, so does the first, though it has nothing to write: one set of programs, and no second copy.
+        is_written = num_pending == write_every or write_every == 1
         start = programs.start_and_write if is_written else programs.start_and_keep
         visit = programs.visit_and_write if is_written else programs.visit_and_keep
         resident, streams = start(spec, state.resident, context)
@@ -249,7 +255,7 @@ def make_step(
             streams,
             is_written=is_written,
         )
-        new, not_private = programs.finish(spec, plan, resident, streams, context, mask, state.noise_key)
+        new, not_private = programs.finish(spec, sgd, plan, resident, streams, context, mask, state.noise_key)
         pending = updates.cleared(state.pending) if is_written else state.pending
         pending = programs.append(sgd, pending, new, index)
         waiting = dataclasses.replace(

@@ -272,17 +272,17 @@ def test_frozen_parameters_are_joined_and_never_change(key):
 def test_frozen_blocks_may_be_quantized(format, key):
     """A run on packed weights is the run on the weights that they stand for, streamed or resident."""
     params, batch = toy_params(), toy_batch()
-    trained = BlockParams(params.resident, {"bias": params.blocks["bias"]})
+    trained = BlockParams({}, {"bias": params.blocks["bias"]})  # as adapters: nothing outside the blocks
     packed = quantization.quantize_matrices({"kernel": params.blocks["kernel"]}, format)
     meant = {"kernel": np.asarray(quantization.dequantize(packed["kernel"].arrays, packed["kernel"].spec, jnp.float32))}
-    expected, _ = run(toy(), trained, batch, key, frozen=BlockParams({}, meant))
-    resident, _ = run(toy(), trained, batch, key, frozen=BlockParams({}, packed))
-    streamed, _ = run(toy(), trained, batch, key, frozen=BlockParams({}, packed), placement=STREAMED)
+    expected, _ = run(toy(), trained, batch, key, frozen=BlockParams(params.resident, meant))
+    resident, _ = run(toy(), trained, batch, key, frozen=BlockParams(params.resident, packed))
+    streamed, _ = run(toy(), trained, batch, key, frozen=BlockParams(params.resident, packed), placement=STREAMED)
     assert bits(resident) == bits(streamed) != bits(trained)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(resident), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     steps = make_step(toy(), Sgd(1e-2), placement=STREAMED)
-    state = steps.init(trained, direction_key=key, frozen=BlockParams({}, packed))
+    state = steps.init(trained, direction_key=key, frozen=BlockParams(params.resident, packed))
     assert {name: leaf.dtype.name for name, leaf in state.frozen.blocks[0].items()} == {"uint8": "uint8"}
     with pytest.raises(ValueError, match="only frozen ones can be"):
         steps.init(BlockParams(params.resident, packed), direction_key=key)
