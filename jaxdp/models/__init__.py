@@ -8,6 +8,7 @@ from jaxdp.models.classifier import (
     mlp_logits as mlp_logits,
 )
 from jaxdp.models.generation import generate as generate
+from jaxdp.models.greedy import greedy_tokens as greedy_tokens
 from jaxdp.models.lora import add_adapters as add_adapters, merge as merge
 from jaxdp.models.lora_spec import Lora as Lora
 from jaxdp.models.peft import load_adapter as load_adapter, save_adapter as save_adapter

@@ -45,10 +45,10 @@ def language_model_blocks(model: SequenceModel, *, head_tokens: int = 256) -> Bl
     head_tokens = _validate.positive_integer("head_tokens", head_tokens)
 
     def loss(resident: Params, hidden: jax.Array, example: Mapping[str, jax.Array]) -> jax.Array:
-        log_likelihoods = _log_likelihoods(model, resident, hidden, example["tokens"], head_tokens)
-        return -losses.weighted_mean(log_likelihoods, example["weights"])
+        found = log_likelihoods(model, resident, hidden, example["tokens"], head_tokens)
+        return -losses.weighted_mean(found, example["weights"])
 
-    return BlockModel(*_body(model), loss)
+    return BlockModel(*body(model), loss)
 
 
 def choice_blocks(model: SequenceModel, *, head_tokens: int = 256) -> BlockModel:
@@ -56,20 +56,14 @@ def choice_blocks(model: SequenceModel, *, head_tokens: int = 256) -> BlockModel
     head_tokens = _validate.positive_integer("head_tokens", head_tokens)
 
     def loss(resident: Params, hidden: jax.Array, example: Mapping[str, jax.Array]) -> jax.Array:
-        if "choices" not in example:
-            log_likelihoods = _log_likelihoods(model, resident, hidden, example["tokens"], head_tokens)  # [S, C, L]
-            scores = jax.vmap(jax.vmap(losses.weighted_mean))(log_likelihoods, example["weights"])
-        else:
-            last = jax.vmap(lambda h, position: h[position])(hidden, example["position"])  # [S, D]
-            logits = _head(model, resident)(last).astype(jnp.float32)
-            scores = jnp.take_along_axis(logits, example["choices"], axis=-1)
-            scores = scores - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        return losses.loss_of_scores(scores, example)
+        return losses.loss_of_scores(choice_scores(model, resident, hidden, example, head_tokens), example)
 
-    return BlockModel(*_body(model), loss)
+    return BlockModel(*body(model), loss)
 
 
-def _body(model: SequenceModel) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
+def body(model: SequenceModel) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
+    """The first two parts of any loss of sequences: what enters the first block, and one block."""
+
     def embed(resident: Params, example: Mapping[str, jax.Array]) -> jax.Array:
         tokens = example["tokens"]
         positions = jnp.arange(tokens.shape[-1], dtype=jnp.int32)
@@ -99,7 +93,20 @@ def _head(model: SequenceModel, resident: Params) -> Callable[[jax.Array], jax.A
     return lambda hidden: model.head(resident.get("head", {}), resident["embed"], hidden)
 
 
-def _log_likelihoods(
+def choice_scores(
+    model: SequenceModel, resident: Params, hidden: jax.Array, example: Mapping[str, jax.Array], head_tokens: int
+) -> jax.Array:
+    """`losses.choice_scores` behind the last block, `[S, C]`."""
+    if "choices" not in example:
+        found = log_likelihoods(model, resident, hidden, example["tokens"], head_tokens)  # [S, C, L]
+        return jax.vmap(jax.vmap(losses.weighted_mean))(found, example["weights"])
+    last = jax.vmap(lambda h, position: h[position])(hidden, example["position"])  # [S, D]
+    logits = _head(model, resident)(last).astype(jnp.float32)
+    scores = jnp.take_along_axis(logits, example["choices"], axis=-1)
+    return scores - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def log_likelihoods(
     model: SequenceModel, resident: Params, hidden: jax.Array, tokens: jax.Array, head_tokens: int
 ) -> jax.Array:
     """`losses.token_log_likelihoods` of every sequence, `[..., L]`, from `[..., L, D]`."""

@@ -81,7 +81,7 @@ def evaluate_language_model(
     Raises:
         ValueError: no token is counted, or the data are of another kind.
     """
-    _check_names(data, ("tokens", "weights"), "encode_texts or encode_completions")
+    check_names(data, ("tokens", "weights"), "encode_texts or encode_completions")
     length = data["tokens"].shape[-1]
     is_counted = data["weights"].any(-1)
     rows = {name: data[name][is_counted][:, None] for name in ("tokens", "weights")}  # [R, 1, L]
@@ -91,7 +91,7 @@ def evaluate_language_model(
     params = jax.device_put(params)
     total = sum(
         float(np.asarray(_log_likelihoods(logits_fn, params, batch), np.float64).sum())
-        for batch in _batches(rows, batch_rows)
+        for batch in batches(rows, batch_rows)
     )
     return LanguageModelScore(-total / num_tokens, num_tokens)
 
@@ -110,12 +110,12 @@ def evaluate_choices(
     Raises:
         ValueError: the data are of another kind.
     """
-    _check_names(data, ("tokens", "label", "is_example"), "encode_choices")
+    check_names(data, ("tokens", "label", "is_example"), "encode_choices")
     rows = {name: values[data["is_example"]][:, None] for name, values in data.items()}  # [R, 1, ...]
     num_examples = len(rows["label"])
     params = jax.device_put(params)
     loss, num_correct = 0.0, 0
-    for batch in _batches(rows, batch_rows):
+    for batch in batches(rows, batch_rows):
         batch_losses, is_correct = _choices(logits_fn, params, batch)
         is_example = batch["is_example"][:, 0]
         loss += float(np.asarray(batch_losses, np.float64)[is_example].sum())
@@ -145,7 +145,7 @@ def _choices(logits_fn: ModelLogits, params: Params, batch: Mapping[str, jax.Arr
     return jax.vmap(row)(batch)
 
 
-def _batches(rows: Mapping[str, np.ndarray], batch_rows: int) -> Iterator[dict[str, Any]]:
+def batches(rows: Mapping[str, np.ndarray], batch_rows: int) -> Iterator[dict[str, Any]]:
     """Blocks of `batch_rows` rows; the last is filled up with rows of zeros, which count nowhere."""
     batch_rows = _validate.positive_integer("batch_rows", batch_rows)
     num_rows = len(rows["tokens"])
@@ -155,6 +155,6 @@ def _batches(rows: Mapping[str, np.ndarray], batch_rows: int) -> Iterator[dict[s
         yield {name: np.pad(v, [(0, missing)] + [(0, 0)] * (v.ndim - 1)) for name, v in batch.items()}
 
 
-def _check_names(data: Mapping[str, np.ndarray], names: tuple[str, ...], maker: str) -> None:
+def check_names(data: Mapping[str, np.ndarray], names: tuple[str, ...], maker: str) -> None:
     if not set(names) <= set(data) or (maker != "encode_choices" and "label" in data):
         raise ValueError(f"data has {', '.join(map(repr, data)) or 'nothing'}; expected the output of {maker}.")

@@ -4,9 +4,13 @@ from jaxdp.block_model import BlockModel, BlockParams, loss_fn
 from jaxdp.zeroth_order.aggregation import NotPrivate
 from jaxdp.zeroth_order.directions import Gaussian, Law, LowRank, Rademacher
 from jaxdp.zeroth_order.estimators import Estimator, ForwardMode, OneSided, TwoSided
+from jaxdp.zeroth_order.generation import generate
+from jaxdp.zeroth_order.objectives import completion_objective, host_objective, token_f1_error
+from jaxdp.zeroth_order.resident import ResidentInfo, ResidentState, make_resident_step, projected_gradients
 from jaxdp.zeroth_order.streaming import Placement
 from jaxdp.zeroth_order.training import DeferredState, State, StepInfo, Steps, make_step
 from jaxdp.zeroth_order.trajectory import Header, Journal, Trajectory, header_of, read_trajectory, replayed
+from jaxdp.zeroth_order.transform import ExpandDirectionsState, expand_directions
 from jaxdp.zeroth_order.updates import Scalars, Sgd
 
 __all__ = [
@@ -14,6 +18,7 @@ __all__ = [
     "BlockParams",
     "DeferredState",
     "Estimator",
+    "ExpandDirectionsState",
     "ForwardMode",
     "Gaussian",
     "Header",
@@ -24,6 +29,8 @@ __all__ = [
     "OneSided",
     "Placement",
     "Rademacher",
+    "ResidentInfo",
+    "ResidentState",
     "Scalars",
     "Sgd",
     "State",
@@ -31,9 +38,16 @@ __all__ = [
     "Steps",
     "Trajectory",
     "TwoSided",
+    "completion_objective",
+    "expand_directions",
+    "generate",
     "header_of",
+    "host_objective",
     "loss_fn",
+    "make_resident_step",
     "make_step",
+    "projected_gradients",
     "read_trajectory",
     "replayed",
+    "token_f1_error",
 ]

@@ -15,10 +15,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxdp import _validate
 from jaxdp._typing import Key
 from jaxdp.clipping import Automatic, Flat, clip_and_sum
 from jaxdp.mechanism import PrivacyPlan, check_plan, privatize
+from jaxdp.noise import secret_key
 
 
 @jax.tree_util.register_dataclass
@@ -50,6 +53,18 @@ def check_zeroth_order_plan(plan: Any) -> PrivacyPlan:
             "plan with jaxdp.flat(C) or jaxdp.automatic(C)."
         )
     return plan
+
+
+def unrelated_noise_key(noise_key: Key | None, direction_key: Key) -> Key:
+    """A secret noise key: the given one, unless it is the public direction key; by default the operating system's entropy (S8)."""
+    if noise_key is None:
+        return secret_key()
+    _validate.typed_key("noise_key", noise_key)
+    if np.array_equal(jax.random.key_data(noise_key), jax.random.key_data(direction_key)):
+        raise ValueError(
+            "noise_key is the direction key, which is public: anyone could subtract the noise. Leave it out, or give another (S8)."
+        )
+    return jax.random.clone(noise_key)
 
 
 def mean(projected_gradients: jax.Array, contributed: jax.Array) -> jax.Array:

@@ -14,12 +14,11 @@ from jaxdp import _validate
 from jaxdp._typing import Batch, Key, Params
 from jaxdp.block_model import BlockModel, BlockParams
 from jaxdp.mechanism import Ledger, PrivacyPlan, check_batch
-from jaxdp.noise import secret_key
 from jaxdp.zeroth_order import buckets, directions, programs, updates
-from jaxdp.zeroth_order.aggregation import NotPrivate, check_zeroth_order_plan
+from jaxdp.zeroth_order.aggregation import NotPrivate, check_zeroth_order_plan, unrelated_noise_key
 from jaxdp.zeroth_order.buckets import Layout
 from jaxdp.zeroth_order.directions import Law, LowRank, Rademacher
-from jaxdp.zeroth_order.estimators import Estimator, TwoSided
+from jaxdp.zeroth_order.estimators import Estimator, OneSided, TwoSided
 from jaxdp.zeroth_order.programs import Context, Spec
 from jaxdp.zeroth_order.streaming import Placement, on_device, pass_through
 from jaxdp.zeroth_order.updates import Pending, Rounding, Scalars, Sgd
@@ -183,7 +182,7 @@ def make_step(
         raise ValueError(
             "is_normalized divides by the spread over the directions, and one has none: give num_directions above 1."
         )
-    if getattr(estimator, "num_at_once", 1) > 1 and not isinstance(law, LowRank):
+    if isinstance(estimator, TwoSided | OneSided) and estimator.num_at_once > 1 and not isinstance(law, LowRank):
         raise ValueError(
             f"num_at_once={estimator.num_at_once} needs low-rank directions: each of the others would need a copy of every matrix."
         )
@@ -226,7 +225,7 @@ def make_step(
             step=0,
             layout=layout,
             frozen=kept,
-            noise_key=None if plan is None else _noise_key(noise_key, direction_key),
+            noise_key=None if plan is None else on_device(unrelated_noise_key(noise_key, direction_key)),
         )
 
     def step(
@@ -321,18 +320,6 @@ def make_step(
         "rounding": rounding,
     }
     return Steps(init, step, flush, losses, replay, recipe, plan)
-
-
-def _noise_key(noise_key: Key | None, direction_key: Key) -> Key:
-    """The secret noise key; a public one is refused."""
-    if noise_key is None:
-        return secret_key()
-    _validate.typed_key("noise_key", noise_key)
-    if np.array_equal(jax.random.key_data(noise_key), directions.words_of(direction_key)):
-        raise ValueError(
-            "noise_key is the direction key, which is public: anyone could subtract the noise. Leave it out, or give another (S8)."
-        )
-    return on_device(jax.random.clone(noise_key))
 
 
 def _opened(state: Any) -> tuple[State, int]:

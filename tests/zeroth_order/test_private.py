@@ -102,7 +102,9 @@ def test_noise_does_not_follow_from_the_directions(key):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    npst.arrays(np.float32, (5, 3), elements=st.floats(-(2.0**66), 2.0**66, width=32) | st.sampled_from([np.nan, np.inf])),
+    npst.arrays(
+        np.float32, (5, 3), elements=st.floats(-(2.0**66), 2.0**66, width=32) | st.sampled_from([np.nan, np.inf])
+    ),
     st.integers(0, 4),
 )
 def test_one_example_moves_the_sum_by_at_most_the_clip_norm(projected, removed):
