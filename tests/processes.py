@@ -9,4 +9,6 @@ def user_environment() -> dict[str, str]:
     root = str(pathlib.Path(__file__).parents[1])
     configured = ("JAX_", "XLA_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(configured) or "CACHE" in name}
-    return kept | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
+    # A process compiles the small programs that every other one does: they are kept too.
+    cached = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return kept | cached | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}

@@ -266,7 +266,7 @@ def test_rdp_has_no_answer_under_replace_one():
 
 def test_a_goal_that_any_noise_meets_gets_the_least():
     plan = jaxdp.plan(
-        num_examples=1000,
+        num_examples=8,  # as many as a padded batch has: truncation takes PLD several times as long, and changes nothing here
         sampling_prob=1e-7,
         num_steps=2,
         clipping=jaxdp.flat(1.0),
@@ -284,6 +284,35 @@ def test_epsilon_of_several_releases_composes():
     louder = one._replace(noise_multiplier=2.0)
     mixed = accounting.epsilon([one, louder], DELTA, neighboring_relation=ADD_REMOVE, accountant="pld")
     assert epsilon(one) < mixed < both
+
+
+ONE_BY_ONE = [  # sampled and truncated, sampled alone, neither
+    SampledGaussian(1000, 0.05, 90, 2.0, 50),
+    SampledGaussian(1000, 0.05, 1000, 2.0, 50),
+    SampledGaussian(1000, 1.0, 1000, 8.0, 7),
+]
+
+
+@pytest.mark.parametrize("relation", NeighboringRelation)
+@pytest.mark.parametrize(
+    "releases", [*([each] for each in ONE_BY_ONE), ONE_BY_ONE], ids=["truncated", "sampled", "full", "all"]
+)
+def test_one_step_composed_with_itself_is_what_the_accountants_make_of_the_event(releases, relation):
+    """To the last bit: `epsilon` takes a shortcut past the work that dp_accounting's accountants do again for every answer."""
+    releases = [release._replace(num_steps=steps) for release in releases for steps in (1, release.num_steps)]
+    if relation != NeighboringRelation.REPLACE_ONE:
+        ledger = dp_accounting.rdp.RdpAccountant(neighboring_relation=relation)
+        whole = [release._replace(padded_batch_size=release.num_examples) for release in releases]
+        for release in whole:
+            ledger.compose(release.dp_event())
+        ours = accounting.epsilon(whole, DELTA, neighboring_relation=relation, accountant="rdp")
+        assert ours == pytest.approx(ledger.get_epsilon(DELTA), rel=1e-12)
+    ledger = dp_accounting.pld.PLDAccountant(relation, 1e-3)
+    for release in releases:
+        ledger.compose(release.dp_event())
+    assert accounting.epsilon(releases, DELTA, neighboring_relation=relation, accountant="pld") == ledger.get_epsilon(
+        DELTA
+    )
 
 
 def test_no_noise_is_infinite_and_no_step_is_free():

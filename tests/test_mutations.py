@@ -4,7 +4,7 @@ Each mutation replaces one piece of text of one file and names the tests that mu
 """
 
 import dataclasses
-import os
+import json
 import pathlib
 import re
 import shutil
@@ -137,6 +137,12 @@ MUTATIONS = {
     "truncation_free_of_charge": Mutation(
         "jaxdp/accounting/releases.py", "if not self.truncates:", "if True:", "tests/test_accounting.py truncation_is_charged"
     ),
+    "one_step_charged_for_all": Mutation(
+        "jaxdp/accounting/accountants.py",
+        ".self_compose(event.count)",
+        ".self_compose(1)",
+        "tests/test_accounting.py one_step_composed",
+    ),
     "calibration_just_misses_its_goal": Mutation(
         "jaxdp/accounting/calibration.py",
         "    while excess(math.log(sigma)) > 0:",
@@ -212,13 +218,30 @@ MUTATIONS = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def run_pytest():
+    """Runs pytest in a folder, in a process of its own; returns its exit code and what it said."""
+    command = [sys.executable, str(ROOT / "tests" / "forks.py")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as forks:
+        assert forks.stdin is not None
+        assert forks.stdout is not None
+
+        def run(folder, *args):
+            job = {"folder": str(folder), "args": args, "output": str(folder / "output.txt")}
+            print(json.dumps(job), file=forks.stdin, flush=True)
+            return int(forks.stdout.readline()), (folder / "output.txt").read_text()
+
+        yield run
+        forks.stdin.close()
+
+
 @pytest.mark.mutation
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_the_suite_goes_red_when_the_code_is_broken(name, tmp_path):
+def test_the_suite_goes_red_when_the_code_is_broken(name, tmp_path, run_pytest):
     mutation = MUTATIONS[name]
     for part in ("jaxdp", "pallas_kernels", "tests"):
-        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / part, tmp_path / part)  # with its bytecode: all files but one are as they were
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     target = tmp_path / mutation.file
     text = target.read_text()
@@ -226,16 +249,9 @@ def test_the_suite_goes_red_when_the_code_is_broken(name, tmp_path):
     target.write_text(text.replace(mutation.old, mutation.new))
 
     tests, expression = mutation.tests.split(" ", 1)
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", tests, "-k", expression],
-        cwd=tmp_path,  # `python -m` puts the copy before the installed package
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 1, f"the mutant survived:\n{result.stdout[-3000:]}{result.stderr[-1000:]}"
+    code, output = run_pytest(tmp_path, "-q", "-x", "-n", "0", "-p", "no:cacheprovider", tests, "-k", expression)
+    assert code == 1, f"the mutant survived:\n{output[-3000:]}"
     # Red for the right reason: a law that does not hold, not a mutant that does not run.
     assert re.search(
-        r"^E\s+(AssertionError|assert|Failed: DID NOT RAISE|.*Mismatched elements)", result.stdout, re.MULTILINE
-    ), result.stdout[-3000:]
+        r"^E\s+(AssertionError|assert|Failed: DID NOT RAISE|.*Mismatched elements)", output, re.MULTILINE
+    ), output[-3000:]

@@ -10,10 +10,13 @@ import contextlib
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import absl.logging
-from dp_accounting import NeighboringRelation, pld, rdp
+import dp_accounting
+import numpy as np
+from dp_accounting import NeighboringRelation, rdp
+from dp_accounting.pld import privacy_loss_distribution as losses
 
 from jaxdp.accounting.releases import SampledGaussian
 
@@ -23,6 +26,7 @@ AccountantName: TypeAlias = Literal["pld", "rdp"]
 _PLD_GRID = 1e-3
 # Below this the PLD accountant's own cut of the tails answers infinity.
 _SMALLEST_PLD_DELTA = 1e-14
+_RDP_ORDERS: Any = rdp.RdpAccountant().orders
 
 
 def epsilon(
@@ -63,10 +67,41 @@ def format_epsilon(value: float) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _epsilon_pld(releases: tuple[SampledGaussian, ...], delta: float, relation: NeighboringRelation) -> float:
-    ledger = pld.PLDAccountant(relation, min(map(_pld_grid, releases)))
+    grid = min(map(_pld_grid, releases))
+    total = losses.identity(value_discretization_interval=grid)
     for release in releases:
-        ledger.compose(release.dp_event())
-    return float(ledger.get_epsilon(delta))
+        total = total.compose(_pld_loss(release.dp_event(), grid, relation))
+    return float(total.get_epsilon_for_delta(delta))
+
+
+def _pld_loss(
+    event: dp_accounting.SelfComposedDpEvent, grid: float, relation: NeighboringRelation
+) -> losses.PrivacyLossDistribution:
+    """The privacy loss of all steps, as `pld.PLDAccountant` has it for `event`, but for its repeated work."""
+    if isinstance(event.event, dp_accounting.GaussianDpEvent):  # steps of a Gaussian are one Gaussian
+        one = dp_accounting.GaussianDpEvent(event.event.noise_multiplier / math.sqrt(event.count))
+        return _pld_loss_of_one_step(one, grid, relation)
+    return _pld_loss_of_one_step(event.event, grid, relation).self_compose(event.count)
+
+
+@functools.lru_cache(maxsize=16)  # up to some megabytes each
+def _pld_loss_of_one_step(
+    event: dp_accounting.DpEvent, grid: float, relation: NeighboringRelation
+) -> losses.PrivacyLossDistribution:
+    """Most of PLD's time where batches are truncated, and the same for every point of an epsilon curve."""
+    settings: Any = {"value_discretization_interval": grid, "neighboring_relation": relation}
+    if isinstance(event, dp_accounting.TruncatedSubsampledGaussianDpEvent):
+        return losses.from_truncated_subsampled_gaussian_mechanism(
+            event.dataset_size,
+            event.sampling_probability,
+            event.truncated_batch_size,
+            event.noise_multiplier,
+            **settings,
+        )
+    if isinstance(event, dp_accounting.PoissonSampledDpEvent):
+        settings["sampling_prob"], event = event.sampling_probability, event.event
+    assert isinstance(event, dp_accounting.GaussianDpEvent)
+    return losses.from_gaussian_mechanism(event.noise_multiplier, **settings)
 
 
 def _pld_grid(release: SampledGaussian) -> float:
@@ -84,25 +119,30 @@ def _pld_grid(release: SampledGaussian) -> float:
 
 @functools.lru_cache(maxsize=4096)
 def _epsilon_rdp(releases: tuple[SampledGaussian, ...], delta: float, relation: NeighboringRelation) -> float:
-    ledger = rdp.RdpAccountant(neighboring_relation=relation)
     with _quiet():
-        for release in releases:
-            ledger.compose(release.untruncated_dp_event())
+        events = [release.untruncated_dp_event() for release in releases]
+        total: Any = sum(event.count * _rdp_of_one_step(event.event, relation) for event in events)
         # Truncated and untruncated runs differ with probability at most eta on each of two neighbors, so
         # P[M(D) in S] <= e^eps (P[M(D') in S] + eta) + delta' + eta: (eps, delta' + (1 + e^eps) eta)-DP.
         eta = sum(math.exp(release.log_overflow_prob()) for release in releases)
-        guess = float(ledger.get_epsilon(delta))
+        guess = float(rdp.compute_epsilon(_RDP_ORDERS, total, delta)[0])
         for _ in range(50):
             if eta > 0 and guess > 700:
                 return math.inf
             charge = (1 + math.exp(min(guess, 700.0))) * eta
             if charge >= delta:
                 return math.inf
-            exact = float(ledger.get_epsilon(delta - charge))
+            exact = float(rdp.compute_epsilon(_RDP_ORDERS, total, delta - charge)[0])
             if exact <= guess:
                 return guess
             guess = exact * (1 + 1e-9)
     return math.inf
+
+
+@functools.lru_cache(maxsize=4096)
+def _rdp_of_one_step(event: dp_accounting.DpEvent, relation: NeighboringRelation) -> np.ndarray:
+    """At `_RDP_ORDERS`."""
+    return rdp.RdpAccountant(neighboring_relation=relation).compose(event).rdp
 
 
 @contextlib.contextmanager

@@ -40,7 +40,10 @@ def calibrate_noise_multiplier(
         return excess
 
     # The truncated event takes several times longer and is close to the untruncated one: solve that first.
-    guess = _clt_log_noise_multiplier(target_epsilon, target_delta, sampling_prob, num_steps)
+    if num_steps * sampling_prob < target_delta:
+        guess = _SMALLEST  # the differing record enters no batch but with a probability that delta covers: any noise will do
+    else:
+        guess = _clt_log_noise_multiplier(target_epsilon, target_delta, sampling_prob, num_steps)
     log_sigma = _solve(excess_with(num_examples), guess)
     excess = excess_with(padded_batch_size)
     if log_sigma is None or excess(log_sigma) > 1e-4 * target_epsilon:

@@ -31,7 +31,7 @@ class SampledGaussian(NamedTuple):
         # At N the mechanism never truncates: with one record more it would pad to N + 1, and nothing released shows which.
         return self.padded_batch_size < self.num_examples
 
-    def dp_event(self) -> dp_accounting.DpEvent:
+    def dp_event(self) -> dp_accounting.SelfComposedDpEvent:
         """The event under PLD; it charges for truncation (arXiv 2508.15089)."""
         if not self.truncates:
             return self.untruncated_dp_event()
@@ -41,7 +41,7 @@ class SampledGaussian(NamedTuple):
         )
         return dp_accounting.SelfComposedDpEvent(event, self.num_steps)
 
-    def untruncated_dp_event(self) -> dp_accounting.DpEvent:
+    def untruncated_dp_event(self) -> dp_accounting.SelfComposedDpEvent:
         """The event of plain Poisson sampling, the only one that RDP takes."""
         event = dp_accounting.GaussianDpEvent(self.noise_multiplier)
         if self.sampling_prob < 1:

@@ -1,4 +1,7 @@
-"""`jaxdp finetune` as a person runs it: in a process of its own, killed and resumed, with its folders read back."""
+"""`jaxdp finetune` as a person runs it: in a process of its own, killed and resumed, with its folders read back.
+
+The first run, its model's `generate` and the killed have processes of their own; runs that differ in options alone share this one.
+"""
 
 import json
 import pathlib
@@ -38,7 +41,7 @@ def report_of(folder) -> dict:
 
 
 @pytest.mark.slow
-def test_a_run_writes_a_model_a_card_and_a_report(gpt2, texts, tmp_path, jaxdp_command):
+def test_a_run_writes_a_model_a_card_and_a_report(gpt2, texts, tmp_path, jaxdp_command, jaxdp_here):
     out = tmp_path / "out"
     args = ["--data", texts / "private.txt", "--record", "line", "--eval", texts / "public.txt"]
     result = jaxdp_command(
@@ -80,18 +83,16 @@ def test_a_run_writes_a_model_a_card_and_a_report(gpt2, texts, tmp_path, jaxdp_c
     assert jaxdp_command("generate", *again, cwd=tmp_path).stdout.startswith("the cat")
     # A finished run is not resumed, and not overwritten.
     for more, message in ((["--resume"], "is complete"), ([], "nothing was overwritten")):
-        refused = jaxdp_command(
-            "finetune", "--model", gpt2, *args, *SMALL, "--out", out, *more, cwd=tmp_path, check=False
-        )
+        refused = jaxdp_here("finetune", "--model", gpt2, *args, *SMALL, "--out", out, *more, cwd=tmp_path, check=False)
         assert refused.returncode == 2
         assert message in refused.stderr
 
 
 @pytest.mark.slow
-def test_lora_writes_an_adapter_and_on_request_the_merged_model(gpt2, texts, tmp_path, jaxdp_command):
+def test_lora_writes_an_adapter_and_on_request_the_merged_model(gpt2, texts, tmp_path, jaxdp_here):
     out = tmp_path / "out"
     args = ["--data", texts / "private.txt", "--record", "line", "--tune", "lora", "--lora-rank", "2", "--merge"]
-    jaxdp_command("finetune", "--model", gpt2, *args, *FAST, "--out", out, cwd=tmp_path)
+    jaxdp_here("finetune", "--model", gpt2, *args, *FAST, "--out", out, cwd=tmp_path)
     report = report_of(out)
     assert report["updates"]["warnings"] == []
     assert report["evaluation"] is None
@@ -105,10 +106,10 @@ def test_lora_writes_an_adapter_and_on_request_the_merged_model(gpt2, texts, tmp
     np.testing.assert_allclose(merged.model.logits(merged.params, tokens), logits, atol=1e-5)
     assert "privacy" in (out / "adapter" / "README.md").read_text()
     text = ["--model", gpt2, "--adapter", out / "adapter", "--prompt", "the", "--max-new-tokens", "3"]
-    jaxdp_command("generate", *text, cwd=tmp_path)
+    jaxdp_here("generate", *text, cwd=tmp_path)
     # The adapter is where a second run may start.
     args = ["--data", texts / "private.txt", "--record", "line", "--tune", "ffa-lora", "--adapter", out / "adapter"]
-    jaxdp_command("finetune", "--model", gpt2, *args, *FAST, "--out", tmp_path / "second", cwd=tmp_path)
+    jaxdp_here("finetune", "--model", gpt2, *args, *FAST, "--out", tmp_path / "second", cwd=tmp_path)
     _, second = load_adapter(tmp_path / "second" / "adapter", base.model, base.params)
     first, second = (dict(_validate.named_leaves(tree)) for tree in (params, second))
     for name in first:
@@ -117,9 +118,9 @@ def test_lora_writes_an_adapter_and_on_request_the_merged_model(gpt2, texts, tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("tune", "moves"), [("bitfit", "/bias"), ("last-k", "blocks/")])
-def test_what_is_frozen_is_released_bit_for_bit(tune, moves, gpt2, texts, tmp_path, jaxdp_command):
+def test_what_is_frozen_is_released_bit_for_bit(tune, moves, gpt2, texts, tmp_path, jaxdp_here):
     args = ["--data", texts / "private.txt", "--record", "line", "--tune", tune, "--dtype", "bfloat16"]
-    jaxdp_command("finetune", "--model", gpt2, *args, *FAST, "--out", tmp_path / "out", cwd=tmp_path)
+    jaxdp_here("finetune", "--model", gpt2, *args, *FAST, "--out", tmp_path / "out", cwd=tmp_path)
     assert report_of(tmp_path / "out")["updates"]["warnings"] == []
     before, after = leaves(gpt2), leaves(tmp_path / "out" / "model")
     for name in before:
@@ -146,7 +147,7 @@ def test_a_killed_run_resumes_to_the_same_model_bit_for_bit(gpt2, texts, tmp_pat
     ]
     args += [
         "--checkpoint-every",
-        "10",
+        "20",
         "--tune",
         "lora",
         "--clipping",
@@ -169,7 +170,7 @@ def test_a_killed_run_resumes_to_the_same_model_bit_for_bit(gpt2, texts, tmp_pat
         return [int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
 
     def wait_for(condition, process):
-        deadline = time.time() + 120
+        deadline = time.time() + 300
         while process.poll() is None and time.time() < deadline and not condition():
             time.sleep(0.01)
 
@@ -206,11 +207,11 @@ def test_a_killed_run_resumes_to_the_same_model_bit_for_bit(gpt2, texts, tmp_pat
 
 
 @pytest.mark.slow
-def test_classes_and_users_and_completions(gpt2, texts, tmp_path, jaxdp_command):
+def test_classes_and_users_and_completions(gpt2, texts, tmp_path, jaxdp_here):
     reviews = ["--model", gpt2, "--data", texts / "reviews.jsonl", "--eval", texts / "reviews.jsonl"]
     users = ["--unit-field", "user", "--max-sequences", "2", "--expected-batch-size", "8"]
     classes = ["--label-field", "label", "--verbalizers", "0=bad,1=good"]
-    result = jaxdp_command("finetune", *reviews, *classes, *FAST, *users, "--out", tmp_path / "classes", cwd=tmp_path)
+    result = jaxdp_here("finetune", *reviews, *classes, *FAST, *users, "--out", tmp_path / "classes", cwd=tmp_path)
     report = report_of(tmp_path / "classes")
     assert report["num_examples"] == 20  # users, not records
     assert report["privacy_unit"].startswith("All records with the same value of the field 'user', of which at most 2")
@@ -218,7 +219,7 @@ def test_classes_and_users_and_completions(gpt2, texts, tmp_path, jaxdp_command)
     assert report["evaluation"]["before"]["num_examples"] == 80
     assert "80 of the 80 evaluation records are among the private ones" in result.stderr
     prompts = ["--prompt-field", "{prompt}", "--completion-field", "completion", "--no-privacy", "--optimizer", "sgd"]
-    jaxdp_command(
+    jaxdp_here(
         "finetune", *reviews, *prompts, *SMALL, "--learning-rate", "1", "--out", tmp_path / "prompts", cwd=tmp_path
     )
     report = report_of(tmp_path / "prompts")
@@ -229,11 +230,11 @@ def test_classes_and_users_and_completions(gpt2, texts, tmp_path, jaxdp_command)
 
 
 @pytest.mark.slow
-def test_a_silent_leaf_is_loud(gpt2, texts, tmp_path, jaxdp_command):
+def test_a_silent_leaf_is_loud(gpt2, texts, tmp_path, jaxdp_here):
     """An update too small for the parameters is an update that does not happen."""
     args = ["--data", texts / "private.txt", "--record", "line", "--optimizer", "sgd"]
     args += [*FAST, "--learning-rate", "1e-30"]
-    result = jaxdp_command("finetune", "--model", gpt2, *args, "--out", tmp_path / "out", cwd=tmp_path)
+    result = jaxdp_here("finetune", "--model", gpt2, *args, "--out", tmp_path / "out", cwd=tmp_path)
     updates = report_of(tmp_path / "out")["updates"]
     assert "embed/tokens/table" in updates["unmoved_trainable"]
     assert updates["compared_after_step"] == 3
