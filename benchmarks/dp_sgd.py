@@ -6,8 +6,9 @@ All contenders train one model on one batch: clipping at one norm, Gaussian nois
 split the batch run at the size of microbatch that a short run before finds fastest. Before anything is timed, each must
 produce the update of the definition: the noiseless one to `checks.TOLERANCE`, and noise of the right standard deviation.
 Then they run in turns, round after round, in this process. `jaxdp_clip_only` is jaxdp without its noise, so that the two
-costs are seen apart. Peak memory is what XLA reserves and, for PyTorch as well, how far the resident set of a fresh process
-rises while it runs the contender alone.
+costs are seen apart; `jaxdp_low_memory` is jaxdp in microbatches that take no more memory than jax_privacy at its best.
+Peak memory is what XLA reserves and, for PyTorch as well, how far the resident set of a fresh process rises while it runs
+the contender alone.
 """
 
 from __future__ import annotations
@@ -29,9 +30,20 @@ from rich.table import Table
 from benchmarks import checks, harness, tuning
 from benchmarks.harness import Spread
 from benchmarks.models import Mlp, Transformer
-from benchmarks.peers import METHODS, PEERS, Contender, Problem, Settings, choose, memory_alone, parse_names
+from benchmarks.peers import (
+    METHODS,
+    PEERS,
+    Contender,
+    Problem,
+    Settings,
+    choose,
+    jaxdp_contender,
+    memory_alone,
+    parse_names,
+)
 from benchmarks.presets import PRESETS
 
+_YARDSTICK_OF_MEMORY = "jax_privacy"
 _DEFAULT_ROWS = {"mlp": 128, "transformer": 16}
 
 
@@ -49,6 +61,7 @@ class Config:
         microbatch_size: Rows that jaxdp differentiates at once; by default all.
         tune: Run the others at their fastest microbatch size.
         tune_jaxdp: Run jaxdp at its fastest, too.
+        low_memory: Also run jaxdp at the largest microbatch size at which XLA reserves no more than for jax_privacy.
         rounds: Turns of each contender.
         turn_seconds: A turn repeats its step for about this long.
         l2_clip_norm: The clip norm; by default the median gradient norm, so that half of the examples are clipped.
@@ -69,6 +82,7 @@ class Config:
     microbatch_size: int | None = None
     tune: bool = True
     tune_jaxdp: bool = False
+    low_memory: bool = False
     rounds: int = 10
     turn_seconds: float = 0.5
     l2_clip_norm: float | None = None
@@ -85,6 +99,8 @@ class Config:
         parse_names(self.methods, METHODS, "method")
         if self.tune_jaxdp and (self.microbatch_size is not None or not self.tune):
             raise ValueError("tune_jaxdp chooses the microbatch size: leave out --microbatch-size and --no-tune.")
+        if self.low_memory and _YARDSTICK_OF_MEMORY not in parse_names(self.peers, PEERS, "peer"):
+            raise ValueError(f"low_memory compares with {_YARDSTICK_OF_MEMORY}: add it to --peers.")
         if self.preset is not None and self.model is not None:
             raise ValueError(f"preset {self.preset!r} is a model already: leave out --model.")
         for name in ("rounds", "noise_multiplier", "learning_rate", "batch", "microbatch_size", "l2_clip_norm"):
@@ -125,6 +141,8 @@ def measure(config: Config, arguments: Sequence[str]) -> dict[str, Any]:
     tuned_on: dict[str, Any] = {}
     if config.tune:
         running, tuned_on = tuning.tune(running, problem, settings, turn_seconds=config.turn_seconds)
+    if config.low_memory:
+        running, skipped = with_low_memory(running, skipped, problem, settings)
     differences, references = checks.check_updates(running, problem, settings)
     trainers = {contender.name: contender.make(problem, settings) for contender in running}
     noise = checks.check_noise(running, trainers, problem, settings, references)
@@ -181,6 +199,31 @@ def measure(config: Config, arguments: Sequence[str]) -> dict[str, Any]:
             for contender in running
         },
     }
+
+
+def with_low_memory(
+    running: list[Contender], skipped: dict[str, str], problem: Problem, settings: Settings
+) -> tuple[list[Contender], dict[str, str]]:
+    """Adds jaxdp at the largest microbatch size whose step takes no more memory than that of the yardstick."""
+
+    def needs(contender: Contender) -> int:
+        memory = contender.make(problem, settings).xla_memory
+        assert memory is not None
+        return memory()["bytes"]
+
+    name = "jaxdp_low_memory"
+    yardstick = [contender for contender in running if contender.name == _YARDSTICK_OF_MEMORY]
+    if not yardstick:
+        return running, skipped | {name: f"without {_YARDSTICK_OF_MEMORY} there is nothing to compare with"}
+    limit, fitting = needs(yardstick[0]), None
+    for size in (*(size for size in tuning.candidates(problem.rows) if size), None):
+        contender = dataclasses.replace(jaxdp_contender(microbatch_size=size), name=name)
+        if needs(contender) > limit:
+            break
+        fitting = contender
+    if fitting is None:
+        return running, skipped | {name: f"no microbatch size fits into the {limit:,} bytes of {_YARDSTICK_OF_MEMORY}"}
+    return [*running, fitting], skipped
 
 
 def _result(contender: Contender, times: dict[str, list[float]], rows: int) -> dict[str, Any]:

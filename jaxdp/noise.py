@@ -49,6 +49,14 @@ def _wide_normal_of_bits(high: jax.Array, low: jax.Array, dtype: Any) -> jax.Arr
     return jnp.where(high & 1, magnitude, -magnitude)
 
 
+def _fold_in_each(key: Key, count: int) -> list[Key]:
+    """`jax.random.fold_in(key, i)` for each i below `count`; in one go, where JAX's threefry is a loop for each."""
+    if str(jax.random.key_impl(key)) != "threefry2x32":
+        return [jax.random.fold_in(key, index) for index in range(count)]
+    words = jnp.stack(counter_normal.bits(jax.random.key_data(key), (count,)), axis=1)
+    return list(jax.random.wrap_key_data(words, impl="threefry2x32"))
+
+
 def allocate_stddevs(
     clip_norms: jax.Array, sizes: tuple[int, ...], *, noise_multiplier: float, allocation: str
 ) -> jax.Array:
@@ -103,12 +111,14 @@ def add_noise(clipped_sum: Any, stddevs: jax.Array, leaf_groups: tuple[int | tup
     _validate.typed_key("key", key)
     leaves, treedef = jax.tree.flatten(clipped_sum)
     noised = []
-    for index, (leaf, group) in enumerate(zip(leaves, leaf_groups, strict=True)):
+    for index, (leaf, group, own_key) in enumerate(
+        zip(leaves, leaf_groups, _fold_in_each(key, len(leaves)), strict=True)
+    ):
         if leaf.dtype.itemsize < 4:
             raise TypeError(
                 f"leaf {index} of the clipped sum has dtype {leaf.dtype}; add noise in float32 or wider, then cast."
             )
-        draw = standard_normal(jax.random.fold_in(key, index), leaf.shape, leaf.dtype)
+        draw = standard_normal(own_key, leaf.shape, leaf.dtype)
         scale = stddevs[jnp.asarray(group)].astype(leaf.dtype)  # of the leaf, or of each of its layers
         noised.append(leaf + scale.reshape(scale.shape + (1,) * (leaf.ndim - scale.ndim)) * draw)
     return treedef.unflatten(noised)

@@ -21,7 +21,7 @@ FLOORS = {
     2: ["jaxdp.mechanism", "jaxdp.gradients"],
     3: ["jaxdp.transforms", "jaxdp.checkpointing"],
     4: ["jaxdp.training", "jaxdp.zeroth_order"],
-    5: ["jaxdp"],
+    5: ["jaxdp", "jaxdp.auditing"],
     6: ["jaxdp.cli"],  # a client of the public surface
     7: ["jaxdp.__main__"],
 }

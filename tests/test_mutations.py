@@ -36,8 +36,8 @@ MUTATIONS = {
     ),
     "noise_in_bfloat16": Mutation(
         "jaxdp/noise.py",
-        "draw = standard_normal(jax.random.fold_in(key, index), leaf.shape, leaf.dtype)",
-        "draw = jax.random.normal(jax.random.fold_in(key, index), leaf.shape, jnp.bfloat16).astype(leaf.dtype)",
+        "draw = standard_normal(own_key, leaf.shape, leaf.dtype)",
+        "draw = jax.random.normal(own_key, leaf.shape, jnp.bfloat16).astype(leaf.dtype)",
         f"{PRIVATIZE} float32",
     ),
     "wrong_divisor": Mutation(
@@ -59,7 +59,7 @@ MUTATIONS = {
         "tests/test_training.py every_step_draws",
     ),
     "key_reused_for_every_leaf": Mutation(
-        "jaxdp/noise.py", "jax.random.fold_in(key, index)", "jax.random.fold_in(key, 0)", "tests/test_noise.py independent"
+        "jaxdp/noise.py", "standard_normal(own_key,", "standard_normal(key,", "tests/test_noise.py independent"
     ),
     "key_not_secret": Mutation(
         "jaxdp/noise.py", "secrets.token_bytes(8)", "bytes(8)", "tests/test_noise.py secret"

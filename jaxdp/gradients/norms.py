@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -86,18 +86,22 @@ def _chain(length: int, tokens: int) -> int:
 
 
 def _gram(x: jax.Array, y: jax.Array) -> jax.Array:
-    """x y^T `[B, H, T, S]` of x `[B, H, T, K]` and y `[B, H, S, K]`, each entry a sum of at most `_chain` terms in turn."""
-    length, tokens = x.shape[-1], max(x.shape[2], y.shape[2])
-    block = _block(length, tokens)
+    """x y^T `[B, H, T, S]` of x `[B, H, T, K]` and y `[B, H, S, K]`, each entry a sum of at most `_chain` terms in turn.
+
+    Block after block: all at once, the blocks would have to lie side by side, in a copy of each operand.
+    """
+    length = x.shape[-1]
+    block = _block(length, max(x.shape[2], y.shape[2]))
     if block >= length:
         return _product("bhtk,bhsk->bhts", x, y)
-    fill = -length % block
+    first = length % block or block
 
-    def blocks(z: jax.Array) -> jax.Array:
-        z = jnp.pad(z, ((0, 0), (0, 0), (0, 0), (0, fill))) if fill else z
-        return z.reshape(*z.shape[:3], -1, block)
+    def add_block(k: Any, total: jax.Array) -> jax.Array:
+        parts = (lax.dynamic_slice_in_dim(z, first + k * block, block, axis=3) for z in (x, y))
+        return total + _product("bhtk,bhsk->bhts", *parts)
 
-    return jnp.sum(_product("bhtnk,bhsnk->bhnts", blocks(x), blocks(y)), axis=2)
+    start = _product("bhtk,bhsk->bhts", x[..., :first], y[..., :first])
+    return lax.fori_loop(0, (length - first) // block, add_block, start)
 
 
 def _inner(x: Payload, y: Payload) -> jax.Array:
@@ -124,10 +128,9 @@ def _square_by_grams(payloads: Sequence[Payload]) -> jax.Array:
             parts += [2.0 * _inner(other, payload) for other in payloads[:k]]
         return add(parts)
 
-    sides = [side for payload in payloads for side in payload.values() if side.ndim == 4]
-    rows, tokens = sides[0].shape[0], max(side.shape[2] for side in sides)
-    blocks = max(-(-side.shape[3] // _block(side.shape[3], tokens)) * side.shape[1] for side in sides)
-    if 4 * rows * blocks * tokens**2 <= _GRAM_BYTES:
+    rights = [payload["right"] for payload in payloads]
+    rows, heads = rights[0].shape[:2]
+    if 4 * rows * heads * max(right.shape[2] for right in rights) ** 2 <= _GRAM_BYTES:
         return square(payloads)
     one_by_one = jax.tree.map(lambda x: x[:, None], list(payloads))
     return lax.map(square, one_by_one)[:, 0]

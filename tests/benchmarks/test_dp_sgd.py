@@ -127,7 +127,13 @@ def test_an_unknown_peer_is_an_error_before_any_work(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "wrong", [["--methods", "fast"], ["--preset", "mlp_small", "--model", "mlp"], ["--tune-jaxdp", "--no-tune"]]
+    "wrong",
+    [
+        ["--methods", "fast"],
+        ["--preset", "mlp_small", "--model", "mlp"],
+        ["--tune-jaxdp", "--no-tune"],
+        ["--low-memory", "--peers", "optax"],
+    ],
 )
 def test_a_wrong_choice_is_an_error_before_any_work(wrong, monkeypatch):
     monkeypatch.setattr(dp_sgd, "measure", lambda *_: pytest.fail("it started to work"))
@@ -212,6 +218,23 @@ def test_the_fastest_microbatch_size_wins(monkeypatch):
         "jaxdp",
         "jaxdp_two_pass",
     }  # without noise, jaxdp takes the size it has with it
+
+
+@pytest.mark.parametrize(("limit", "chosen"), [(25, 2), (20, 2), (100, None), (5, "skipped")])
+def test_low_memory_is_the_largest_microbatch_within_the_memory_of_the_yardstick(monkeypatch, limit, chosen):
+    needed = {1: 10, 2: 20, None: 40}
+
+    def make(self, problem, settings):
+        size = limit if self.name == "jax_privacy" else needed[self.microbatch_size]
+        return Trainer(lambda: None, dict, lambda: {"bytes": size})
+
+    monkeypatch.setattr(peers.Contender, "make", make)
+    running, skipped = dp_sgd.with_low_memory([NON_PRIVATE, BY_NAME["jax_privacy"]], {}, PROBLEM, SETTINGS)
+    found = [contender.microbatch_size for contender in running if contender.name == "jaxdp_low_memory"]
+    assert found == ([] if chosen == "skipped" else [chosen])
+    assert list(skipped) == (["jaxdp_low_memory"] if chosen == "skipped" else [])
+    _, skipped = dp_sgd.with_low_memory([NON_PRIVATE], {}, PROBLEM, SETTINGS)
+    assert "nothing to compare" in skipped["jaxdp_low_memory"]
 
 
 def test_all_divisors_are_tried():

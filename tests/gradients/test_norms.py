@@ -151,6 +151,24 @@ def test_the_gram_norm_of_tokens_that_cancel_is_what_rounding_may_hide():
     assert np.all(square >= 2 * T * 2.0**-24 * scale**2)
 
 
+@pytest.mark.parametrize(("tokens", "length"), [(3, 6), (3, 24), (16, 70)])  # one block, a whole number, a rest
+def test_a_gram_matrix_in_blocks_is_the_gram_matrix(tokens, length):
+    rng = np.random.default_rng(3)
+    x, y = (jnp.asarray(rng.normal(size=(B, 2, count, length)), jnp.float32) for count in (tokens, 5))
+    want = np.einsum("bhtk,bhsk->bhts", np.float64(x), np.float64(y))
+    np.testing.assert_allclose(norms._gram(x, y), want, atol=1e-5 * np.sqrt(length))
+
+
+def test_the_gram_norm_holds_no_copy_of_its_operands():
+    operands = [jnp.zeros((8, 1, 32, width)) for width in (2048, 3000)]
+
+    def square(left, right):
+        return norms.squared_norm([dense(32)], [{"left": left, "right": right}], "gram")
+
+    memory = jax.jit(square).lower(*operands).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < min(x.nbytes for x in operands) / 4
+
+
 @pytest.mark.parametrize("route", ["gram", "direct"])
 def test_uses_of_one_weight_are_one_matrix_with_more_tokens(route):
     """The cross terms: two uses that agree have twice the norm, two that oppose have none."""
