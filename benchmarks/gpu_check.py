@@ -3,10 +3,10 @@
     python -m benchmarks.gpu_check --json benchmarks/results/gpu_check.json
 
 First numerics against float64 on the host, then throughput and memory, most telling first: what an interruption leaves is
-what matters most. Each item runs in a process of its own, so that a crash or a hang costs one item and no item sees the
-memory of another; inside, contenders take turns in one process. `--items` picks some, as for a second call that goes on
-where the first one ended. On a machine without a GPU it runs the same items on the CPU, and says so in the record; with
-`--tiny` they take minutes.
+what matters most. Steps of DP-SGD come first, then zeroth-order steps that stream under a cap of 8 GB, then the rest. Each item
+runs in a process of its own, so that a crash or a hang costs one item and no item sees the memory of another; inside,
+contenders take turns in one process. `--items` picks some, as for a second call that goes on where the first one ended. On a
+machine without a GPU it runs the same items on the CPU, and says so in the record; with `--tiny` they take minutes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks import gpu_numerics, gpu_throughput, harness
+from benchmarks import gpu_numerics, gpu_throughput, harness, zeroth_order
 from benchmarks.gpu_throughput import Save
 from benchmarks.language_models import Gpt2, LanguageModel, Llama
 from benchmarks.models import Transformer
@@ -33,6 +33,9 @@ from benchmarks.peers import parse_names
 # The tokens of a step are the same at every length, so that its arithmetic outside attention is.
 _TOKENS_PER_STEP = 8192
 _LENGTHS = (1024, 512, 128, 2048)
+# Of the device, for a streamed model; and pinned host memory for the largest of them, which JAX limits to 64 GB by default.
+_STREAMING_GIGABYTES = 8.0
+_PINNED_HOST = {"XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB": "110"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +107,25 @@ def items(tiny: bool = False) -> dict[str, Item]:
     def of_peers(name: str, length: int) -> dict[str, Item]:
         return {f"{name}_t{length}_per_example": throughput(gpu_throughput.materializing, name, length)}
 
+    in_turns: dict[str, Any] = {"rounds": 5, "turn_seconds": 0.3} | pace
+
+    def of_zeroth_order(name: str, num_directions: tuple[int, ...], seconds: float) -> dict[str, Item]:
+        is_resident = name == "opt-1.3b"  # the others stream alone
+        config = zeroth_order.Config(
+            problem="tiny" if tiny else name,
+            num_directions=(1,) if tiny else num_directions,
+            is_resident=is_resident,
+            torch=is_resident,
+            max_device_gigabytes=None if is_resident else _STREAMING_GIGABYTES,
+            **in_turns,
+        )
+        # PyTorch, where it runs, gets what JAX leaves.
+        environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.45"} if is_resident else _PINNED_HOST
+        return {
+            f"zeroth_order_{name}": Item(lambda save: zeroth_order.measure(config, save), seconds, environment),
+        }
+
+    block_bytes = [2**12] if tiny else [100_716_544, 629_278_720, 1_233_311_744]  # of OPT-1.3B, 13B and 30B
     medium = models["gpt2_medium"]
     untied = Transformer(medium.num_blocks, medium.width, medium.num_heads, lengths[1024], medium.vocabulary)
     opacus_rows = tokens // lengths[1024]
@@ -113,6 +135,10 @@ def items(tiny: bool = False) -> dict[str, Item]:
         "updates_against_definition": Item(lambda save: gpu_numerics.updates_against_definition(checked, 8), 90.0),
         **of_methods("gpt2_medium", 1024),
         **of_methods("llama", 512),
+        "link": Item(lambda save: {"link": zeroth_order.bandwidths(block_bytes, **in_turns)}),
+        **of_zeroth_order("opt-1.3b", (1, 4, 16), 150.0),
+        **of_zeroth_order("opt-13b", (1,), 90.0),
+        **of_zeroth_order("opt-30b", (1,), 110.0),
         "kernels_time": Item(lambda save: gpu_numerics.kernels("time"), 90.0),
         **of_peers("gpt2_medium", 1024),
         **of_methods("gpt2_medium", 128),
@@ -121,6 +147,7 @@ def items(tiny: bool = False) -> dict[str, Item]:
         "opacus_ghost_t1024": Item(
             lambda save: gpu_throughput.opacus_ghost(untied, opacus_rows, save, **pace), 60.0, {"JAX_PLATFORMS": "cpu"}
         ),
+        **of_zeroth_order("opt-6.7b", (1, 4, 16), 120.0),
         "noise_law": Item(lambda save: gpu_numerics.noise_law()),
         "noise_time": Item(lambda save: gpu_numerics.noise_time(10_000 if tiny else 100_000_000)),
         **of_methods("gpt2_small", 1024),
@@ -208,10 +235,11 @@ def run(config: GpuCheck, chosen: Mapping[str, Item] | None = None) -> dict[str,
         else:
             outcome = run_apart(name, config, item, min(item.seconds, left))
         device = outcome.pop("device", None)
-        if not item.environment and device is not None:
+        if device is not None and item.environment.get("JAX_PLATFORMS") is None:
             record.setdefault("device", device)
         record["items"][name] = outcome
-        told = gpu_throughput.summary(outcome.get("result") or outcome.get("partial") or {})
+        found = outcome.get("result") or outcome.get("partial") or {}
+        told = zeroth_order.summary(found) if "directions" in found else gpu_throughput.summary(found)
         state = next((f"{word}: {outcome[word][-300:]}" for word in ("error", "left_out") if word in outcome), "ok")
         print(f"{name} ({outcome.get('seconds', 0.0):.0f} s) {state} {told}", flush=True)
         if config.json is not None:

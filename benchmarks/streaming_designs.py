@@ -1,6 +1,6 @@
 r"""Blocks that pass through the device: one compiled program for a block, or one program for all blocks.
 
-    .ci/aot python -m benchmarks.streaming_designs --json benchmarks/results/streaming_designs_h200_aot.json
+    .ci/aot python -m benchmarks.streaming_designs --json benchmarks/results/zeroth_order_designs_h200_aot.json
 
 `loop` is the library's: Python enqueues the program of one block between eager transfers. The others are one program over
 stacks in pinned host memory, with the same program of one block, `programs.visit_and_write`, in their bodies:
@@ -63,7 +63,7 @@ def measure(config: Config) -> dict[str, Any]:
     """Compiles every design at every depth, and returns the record that is written."""
     record: dict[str, Any] = {
         "benchmark": "designs of a streamed zeroth-order step, compiled for an H200",
-        "command": harness.command("benchmarks.streaming_designs", []),
+        "command": ".ci/aot python -m benchmarks.streaming_designs",
         "meter": "XLA compiled memory statistics and scheduled HLO, blocks alone: neither embedding nor head",
         "config": {"width": config.width, "num_heads": config.num_heads, "length": config.length, "dtype": "bfloat16"},
         "machine": harness.machine(),

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import gpu_check, gpu_numerics, gpu_throughput
+from benchmarks import gpu_check, gpu_numerics, gpu_throughput, zeroth_order
 from benchmarks.gpu_check import GpuCheck, Item
 from benchmarks.language_models import Llama
 from benchmarks.models import Transformer
@@ -104,11 +104,36 @@ def test_the_most_important_items_come_first():
     names = list(gpu_check.items())
     assert names[:3] == ["kernels_check", "clipped_sums_against_float64", "updates_against_definition"]
     assert names[3:5] == ["gpt2_medium_t1024", "llama_t512"]
+    assert names[5:9] == ["link", "zeroth_order_opt-1.3b", "zeroth_order_opt-13b", "zeroth_order_opt-30b"]
     throughput = {
         f"{model}_t{length}" for model in ("gpt2_small", "gpt2_medium", "llama") for length in (128, 512, 1024, 2048)
     }
     assert throughput <= set(names)
     assert names == list(gpu_check.items(tiny=True))
+
+
+def test_the_link_is_measured_in_both_directions():
+    outcome = gpu_check.run_here(gpu_check.items(tiny=True)["link"])
+    (row,) = outcome["result"]["link"]
+    assert row.keys() == {"bytes", "to_device", "to_host", "duplex"}
+    assert all(row[name]["median"] > 0 for name in ("to_device", "to_host", "duplex"))
+
+
+def test_streamed_models_are_measured_under_a_cap_and_the_resident_one_leaves_room_for_torch(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(zeroth_order, "measure", lambda config, save: seen.setdefault(config.problem, config) and {})
+    items = {name: item for name, item in gpu_check.items().items() if name.startswith("zeroth_order_")}
+    for item in items.values():
+        item.run(lambda _: None)
+    assert {name.removeprefix("zeroth_order_") for name in items} == seen.keys()
+    resident = seen.pop("opt-1.3b")
+    assert resident.is_resident
+    assert resident.torch
+    assert resident.num_directions == (1, 4, 16)
+    assert {config.max_device_gigabytes for config in seen.values()} == {8.0}
+    assert not any(config.is_resident for config in seen.values())
+    host_limit = {item.environment.get("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB") for item in items.values()}
+    assert host_limit == {None, "110"}
 
 
 def test_a_failing_item_is_recorded_and_late_ones_are_left_out():
