@@ -30,7 +30,7 @@ def jaxdp_commands() -> list[str]:
 
 
 def is_of_a_language_model(command: str) -> bool:
-    return " finetune " in command or " generate " in command
+    return command.split()[3] in ("finetune", "generate", "export-trajectory", "replay")
 
 
 def run(command: str, folder: pathlib.Path) -> str:
@@ -63,9 +63,14 @@ def test_the_commands_of_a_language_model_run_one_after_the_other(jaxdp_data, tm
     tales = (jaxdp_data / "text" / "GrimmsFairyTales.txt").read_text(encoding="utf-8").split("\n\n")
     (tmp_path / "private.txt").write_text("\n\n".join(tales[:-100]), encoding="utf-8")
     (tmp_path / "public.txt").write_text("\n\n".join(tales[-100:]), encoding="utf-8")
-    finetune, generate = (command for command in jaxdp_commands() if is_of_a_language_model(command))
+    finetune, generate, stream, export, replay = filter(is_of_a_language_model, jaxdp_commands())
     assert "epsilon 8 at delta" in run(finetune, tmp_path)
     assert "Once upon a time" in run(generate, tmp_path)
+    assert "epsilon 8 at delta" in run(stream, tmp_path)
+    run(export, tmp_path)
+    run(replay, tmp_path)
+    released, again = (tmp_path / name / "model" / "model.safetensors" for name in ("streamed", "again"))
+    assert released.read_bytes() == again.read_bytes()
 
 
 def test_the_first_two_commands_are_the_ones_that_ci_runs():

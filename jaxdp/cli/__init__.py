@@ -14,8 +14,13 @@ Examples:
   jaxdp train --resume                               go on with the newest interrupted run
   jaxdp finetune --model DIR --data FILE             a language model on private text, at epsilon 3
   jaxdp finetune --model DIR --data FILE --tune lora --eval FILE --target-epsilon 8
+  jaxdp finetune --model DIR --data FILE --method dp-aggzo --stream
+                                                     by forward passes, with blocks that wait in host memory
+  jaxdp export-trajectory RUN                        such a run as a file of kilobytes, without its noise key
+  jaxdp replay --base DIR --out DIR FILE             its model again, bit for bit
   jaxdp generate --model DIR --prompt "Once upon"    a look at what a model writes
   jaxdp account --num-examples 60000 --expected-batch-size 256 --num-steps 1000 --delta 1e-5 --target-epsilon 3
+  jaxdp audit                                        attacks runs of this installation, to see whether their epsilon holds
 """
 
 
@@ -24,19 +29,21 @@ def main(args: Sequence[str] | None = None) -> None:
     import tyro
 
     from jaxdp.checkpointing import CheckpointError
-    from jaxdp.cli import account, finetune, generate, train
+    from jaxdp.cli import account, audit, export_trajectory, finetune, generate, replay, train
 
     commands = {
-        "train": train.Train,
-        "finetune": finetune.Finetune,
-        "generate": generate.Generate,
-        "account": account.Account,
+        "train": (train.Train, train.run),
+        "finetune": (finetune.Finetune, finetune.run),
+        "export-trajectory": (export_trajectory.ExportTrajectory, export_trajectory.run),
+        "replay": (replay.Replay, replay.run),
+        "generate": (generate.Generate, generate.run),
+        "account": (account.Account, account.run),
+        "audit": (audit.Audit, audit.run),
     }
-    config = tyro.extras.subcommand_cli_from_dict(commands, prog="jaxdp", description=_EXAMPLES, args=args)
+    options = {name: of for name, (of, _) in commands.items()}
+    config = tyro.extras.subcommand_cli_from_dict(options, prog="jaxdp", description=_EXAMPLES, args=args)
     try:
-        {train.Train: train, finetune.Finetune: finetune, generate.Generate: generate, account.Account: account}[
-            type(config)
-        ].run(config)
+        dict(commands.values())[type(config)](config)
     except (ValueError, TypeError, OSError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -15,6 +15,9 @@ from jaxdp.cli.options import Flag, hint
 from jaxdp.clipping.policies import NoiseAllocation
 
 TuneName: TypeAlias = Literal["full", "lora", "ffa-lora", "bitfit", "last-k"]
+MethodName: TypeAlias = Literal["dpsgd", "mezo", "lozo", "fzoo", "dpzero", "dp-aggzo"]
+EstimatorName: TypeAlias = Literal["two-sided", "one-sided", "forward"]
+BaseFormat: TypeAlias = Literal["bf16", "int8", "int6", "int4"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +42,8 @@ class ModelOptions:
     from_scratch: Flag[bool] = False
     """Draw the parameters of config.json at random; needs no weights. For small experiments."""
     init_seed: int = 0
-    """Seed of parameters drawn at random, which are public. Noise and sampling take theirs from the operating system."""
+    """Seed of what is public: parameters and directions drawn at random. Noise and sampling take theirs from the operating
+    system."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +84,9 @@ class DataOptions:
 class PrivacyOptions:
     """The guarantee."""
 
-    method: Literal["dpsgd"] = "dpsgd"
-    """How the model is trained."""
+    method: MethodName = "dpsgd"
+    """dpsgd: clipped gradients. dpzero, dp-aggzo: differences of losses along random directions, of which 1 and 16 a step are
+    clipped together. mezo, lozo, fzoo: such differences without privacy, with --no-privacy."""
     target_epsilon: Annotated[float | None, hint("default: 3, unless --noise-multiplier is given")] = None
     """The privacy goal."""
     target_delta: Annotated[float | None, hint("default: 1 / n^1.1 for n units")] = None
@@ -94,14 +99,14 @@ class PrivacyOptions:
     """Mean number of units of the Poisson batches."""
     sampling_prob: Annotated[float | None, hint("default: from --expected-batch-size")] = None
     """Probability of each unit to enter a batch, instead of its mean size."""
-    num_steps: Annotated[int | None, hint("default: from --epochs")] = None
+    num_steps: Annotated[int | None, hint("default: from --epochs; 1000 for zeroth-order methods")] = None
     """Number of steps."""
     epochs: Annotated[float | None, hint("default: 3")] = None
     """Expected passes over the data, rounded up to whole steps."""
     clipping: options.ClippingName = "flat"
     """How each per-unit gradient is bounded; per-layer takes every block's layers apart."""
-    l2_clip_norm: float = 1.0
-    """Clip norm; the first one under quantile."""
+    l2_clip_norm: Annotated[float | None, hint("default: 1; 200 / sqrt(K) for dpzero and dp-aggzo")] = None
+    """Clip norm; the first one under quantile. Zeroth-order methods clip a unit's K projected gradients over K."""
     noise_allocation: NoiseAllocation = "global"
     """How per-layer clipping divides its noise."""
     neighboring_relation: options.RelationName = "add-or-remove-one"
@@ -116,9 +121,14 @@ class PrivacyOptions:
 class OptimizerOptions:
     """What is done with the noisy mean gradient, and in which precision."""
 
-    optimizer: str = "adam"
+    optimizer: Annotated[str | None, hint("default: adam; sgd for zeroth-order methods, which have no other")] = None
     """Any optimizer of optax that works from gradients alone: adam, adamw, sgd, lion, lamb, adafactor, ..."""
-    learning_rate: Annotated[float | None, hint("default: 5e-4 for full and last-k, 2e-3 for the others")] = None
+    learning_rate: Annotated[
+        float | None,
+        hint(
+            "default: 5e-4 for full and last-k, 2e-3 for others; 1e-6 and 5e-5 for zeroth-order, 5e-5 and 5e-4 for fzoo"
+        ),
+    ] = None
     """Its (highest) learning rate."""
     schedule: ScheduleName = "constant"
     """How the learning rate goes on after the warmup: linear and cosine end near zero."""
@@ -131,6 +141,41 @@ class OptimizerOptions:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the computation; trained parameters and optimizer states stay in float32."""
     microbatch_size: int = 16
-    """Units differentiated at once: bounds memory, changes nothing else."""
+    """Units differentiated at once: bounds memory, changes nothing else. dpsgd only, as is --remat."""
     remat: Flag[bool] = False
     """Compute the activations of a block again when its gradient is taken: less memory, a third more work."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ZerothOrderOptions:
+    """Forward passes alone: mezo, lozo, fzoo, dpzero and dp-aggzo."""
+
+    num_directions: Annotated[int | None, hint("default: 1; 8 for fzoo, 16 for dp-aggzo", "K")] = None
+    """Directions of a step. All of them share one arrival of each streamed block."""
+    estimator: Annotated[EstimatorName | None, hint("default: two-sided; one-sided for fzoo")] = None
+    """two-sided: 2K forward passes. one-sided: K + 1, and a bias. forward: derivatives along the directions by forward-mode
+    differentiation, exact in bfloat16."""
+    perturbation_scale: Annotated[float | None, hint("default: 1e-3; 1e-2 for adapters")] = None
+    """How far along a direction the loss is evaluated."""
+    directions: Annotated[Literal["rademacher", "gaussian"] | None, hint("default: rademacher; low-rank for lozo")] = (
+        None
+    )
+    """What each entry of a direction is drawn from."""
+    low_rank: Annotated[int | None, hint("default: 2 for lozo", "RANK")] = None
+    """Directions of matrices are products of this rank."""
+    refresh_every: Annotated[int | None, hint("default: 50 with low rank", "STEPS")] = None
+    """Steps that share a subspace of low-rank directions."""
+    momentum: float = 0.0
+    """Of the last steps' directions, which are drawn again: no memory, more time."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What parameters are kept in under --tune full. bfloat16 halves memory and transfers, and loses small updates."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """Of bfloat16 parameters. Stochastic rounding keeps small updates on average."""
+    write_every: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 1
+    """Steps between two write-backs of a streamed block; those between are applied anew at every visit."""
+    stream: Flag[bool] = False
+    """Keep the blocks in host memory, and bring them to the device one by one. The results are the same bits."""
+    base_format: Annotated[BaseFormat | None, hint("default: --dtype, or what the file has if that is narrower")] = None
+    """Format of the frozen weights below adapters."""
+    max_device_memory: Annotated[str | None, hint("default: what the device has", "6GB")] = None
+    """What the run may allocate on the device; it chooses how far to prefetch and how to cut the head accordingly."""

@@ -30,6 +30,12 @@ def peak_host_memory() -> tuple[int, str]:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "ru_maxrss of the process"
 
 
+def host_memory() -> int:
+    """The resident set of this process in bytes; its peak where nothing tells."""
+    status = Path("/proc/self/status")
+    return _kilobytes(status, "VmRSS") if status.exists() else peak_host_memory()[0]
+
+
 def peak_device_memory() -> tuple[int, str] | None:
     """The peak allocation on the first device in bytes, and the name of its meter; None on a CPU, which has no meter."""
     statistics = jax.devices()[0].memory_stats() or {}
@@ -44,8 +50,13 @@ def available_memory() -> tuple[int, str] | None:
     if "bytes_limit" in statistics:
         free = statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
         return free, "bytes_limit of jax.Device.memory_stats"
+    return available_host_memory() if jax.devices()[0].platform == "cpu" else None
+
+
+def available_host_memory() -> tuple[int, str] | None:
+    """The bytes that this process may still allocate on the host, and the name of the meter; None where nothing tells."""
     meminfo = Path("/proc/meminfo")
-    if jax.devices()[0].platform != "cpu" or not meminfo.exists():
+    if not meminfo.exists():
         return None
     free, meter = _kilobytes(meminfo, "MemAvailable"), "MemAvailable"
     left = _left_in_container(Path("/sys/fs/cgroup"))

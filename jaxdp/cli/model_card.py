@@ -67,11 +67,24 @@ def _training(report: dict[str, Any]) -> list[str]:
     settings, trainable = report["settings"], report["num_trainable_parameters"]
     lines = [
         f"{report['tuning']}: {trainable:,} of {report['num_parameters']:,} parameters trained",
+        *_directions(report),
         f"optimizer {settings['optimizer']}, learning rate {settings['learning_rate']:g}, {settings['schedule']} schedule, "
         f"computed in {settings['dtype']}",
         f"jaxdp {report['versions']['jaxdp']}, jax {report['versions']['jax']} on {report['device']}",
     ]
     return lines + [f"**warning**: {warning}" for warning in report["updates"]["warnings"]]
+
+
+def _directions(report: dict[str, Any]) -> list[str]:
+    """What a zeroth-order method looked at, if it is one."""
+    if "num_directions" not in report:
+        return []
+    scale = f", perturbation scale {report['perturbation_scale']:g}" if report["perturbation_scale"] is not None else ""
+    return [
+        f"method {report['method']}: forward passes alone, {report['estimator']} estimates along {report['num_directions']} "
+        f"{report['directions']} direction{'s' * (report['num_directions'] > 1)} a step{scale}",
+        f"the run is also a trajectory of {report['trajectory_bytes']:,} bytes: `jaxdp export-trajectory`, `jaxdp replay`",
+    ]
 
 
 def _quoted(text: str) -> str:

@@ -27,6 +27,8 @@ class PlanCheck:
         meter: Where `available_bytes` comes from.
         num_trainable: Trainable parameters.
         num_frozen: The others.
+        host_bytes: What the host's memory will reach, beside the compiler's own; None where it was not predicted.
+        placement: In words, where its blocks wait.
     """
 
     plan: PrivacyPlan
@@ -35,6 +37,8 @@ class PlanCheck:
     meter: str | None
     num_trainable: int
     num_frozen: int
+    host_bytes: int | None = None
+    placement: str | None = None
 
     def __str__(self) -> str:
         plan, total = self.plan, self.num_trainable + self.num_frozen
@@ -51,6 +55,8 @@ class PlanCheck:
                 f"padded to {plan.padded_batch_size}",
                 f"  parameters  {self.num_trainable:,} trainable of {total:,} ({self.num_trainable / total:.2%})",
                 f"  memory      {gibibytes(self.step_bytes)}{room}",
+                *([] if self.host_bytes is None else [f"  host        {gibibytes(self.host_bytes)} at the peak"]),
+                *([] if self.placement is None else [f"  placement   {self.placement}"]),
             ]
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +71,13 @@ def train(
     if checkpointer.latest_step() is not None:
         state, extra = checkpointer.restore(state)
         progress = Progress(extra["losses"], extra["wall_seconds"])
-        if extra["data_sha256"] != fingerprint:
-            raise ValueError(
-                f"the training set is not the one that the run in {folder} began with; give it the same data, or start a new run."
-            )
+        check_same_data(extra["data_sha256"], fingerprint, folder)
         seed = np.random.SeedSequence(int(extra["sampling_entropy"]))
         print(f"resumed after step {state.step} of {the_plan.num_steps}")
     else:  # also a run that was killed before its first checkpoint: it has released nothing
         seed, progress = np.random.SeedSequence(), Progress([], 0.0)
-    start -= progress.wall_seconds
 
-    def save() -> None:
+    def save(state: TrainingState, info: Any) -> None:
         extra = {
             "sampling_entropy": str(seed.entropy),
             "data_sha256": fingerprint,  # here and not in config.json: it could confirm a guess of the data
@@ -91,10 +87,55 @@ def train(
         checkpointer.save(state, extra=extra)
 
     if checkpointer.latest_step() is None:
-        save()  # the noise key is on disk before it noises anything: no crash can lead to a second key for the same steps
+        save(state, None)  # the noise key is on disk before it noises anything: no crash can lead to a second key
     yield state, progress
+    yield from run_steps(
+        step,
+        state,
+        poisson_batches(source, the_plan, seed, start_step=state.step),
+        the_plan,
+        progress,
+        save=save,
+        folder=folder,
+        save_every=checkpoint_every,
+        tokens_per_step=tokens_per_step,
+        start=start - progress.wall_seconds,
+    )
+
+
+def run_steps(
+    step: Callable[[Any, Any, Any], tuple[Any, Any]],
+    state: Any,
+    batches: Iterable[tuple[Any, Any]],
+    the_plan: PrivacyPlan,
+    progress: Progress,
+    *,
+    save: Callable[[Any, Any], None],
+    folder: Path,
+    save_every: int,
+    start: float,
+    tokens_per_step: float | None = None,
+    more: Callable[[], str | None] = lambda: None,
+) -> Iterator[tuple[Any, Progress]]:
+    """Runs the batches that are left, with a progress bar, and yields the state after each.
+
+    Args:
+        step: `step(state, batch, is_padding_example) -> (state, info)`.
+        state: It has the index of the next step as `step`.
+        batches: Of `poisson_batches`, from that step on.
+        the_plan: Of the run.
+        progress: It is kept up to date.
+        save: `save(state, info)`: with the last step, at Ctrl-C, and every `save_every` steps. `progress` is then complete.
+        folder: Of the run, to name in messages.
+        save_every: 1 for every step.
+        start: When the run would have begun, had it not been interrupted, by `time.perf_counter`.
+        tokens_per_step: As in `train`.
+        more: What else the progress bar shows.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, with the state saved.
+    """
     curve = EpsilonCurve(the_plan)
-    batches = poisson_batches(source, the_plan, seed, start_step=state.step)
     bar = tqdm(batches, total=the_plan.num_steps, initial=state.step, unit="step", disable=None)
     pending: list[jax.Array] = []  # losses still on the device: reading each at once would wait for each step
     with bar, interrupts.deferred() as interrupted:
@@ -103,13 +144,14 @@ def train(
             pending.append(info.not_private.mean_loss())
             last = state.step == the_plan.num_steps
             stop = interrupted() and not last
-            if last or stop or state.step % checkpoint_every == 0 or len(pending) == 20:
+            is_due = last or stop or state.step % save_every == 0
+            if is_due or len(pending) == 20:
                 progress.losses += [float(value) for value in pending]
                 pending.clear()
                 progress.wall_seconds = time.perf_counter() - start
-                bar.set_postfix_str(_postfix(progress, the_plan, curve, bar, tokens_per_step))
-            if last or stop or state.step % checkpoint_every == 0:
-                save()
+                bar.set_postfix_str(_postfix(progress, the_plan, curve, bar, tokens_per_step, more()), refresh=False)
+            if is_due:
+                save(state, info)
             if stop:
                 raise KeyboardInterrupt(
                     f"saved step {state.step} of {the_plan.num_steps}; go on with the same options and --resume --out {folder}"
@@ -117,13 +159,28 @@ def train(
             yield state, progress
 
 
+def check_same_data(there: str, here: str, folder: Path) -> None:
+    """Refuses to go on with other data: one noise key and step would noise two different sums (S8)."""
+    if there != here:
+        raise ValueError(
+            f"the training set is not the one that the run in {folder} began with; give it the same data, or start a new run."
+        )
+
+
 def _postfix(
-    progress: Progress, the_plan: PrivacyPlan, curve: EpsilonCurve, bar: Any, tokens_per_step: float | None
+    progress: Progress,
+    the_plan: PrivacyPlan,
+    curve: EpsilonCurve,
+    bar: Any,
+    tokens_per_step: float | None,
+    more: str | None,
 ) -> str:
     parts = [f"loss {progress.losses[-1]:.3f} (not private)"]
     rate = bar.format_dict["rate"]
     if tokens_per_step is not None and rate:
         parts.append(f"{rate * tokens_per_step:,.0f} tokens/s")
+    if more is not None:
+        parts.append(more)
     private = the_plan.noise_multiplier > 0
     parts.append(f"epsilon <={format_epsilon(curve.at_most(len(progress.losses)))}" if private else "epsilon none")
     return ", ".join(parts)

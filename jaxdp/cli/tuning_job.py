@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,16 @@ class Tuning:
     def released(self, trainable: Any) -> Pretrained:
         """The model with other trainable parameters; the frozen ones are those of the base, bit for bit."""
         return dataclasses.replace(self.base, params=join(jax.device_get(trainable), self.frozen))
+
+    def without_arrays(self, *, keep_frozen: bool) -> Tuning:
+        """What is still needed once the parameters have been copied to where they are trained.
+
+        Args:
+            keep_frozen: Whether the frozen ones will be written out again.
+        """
+        base = dataclasses.replace(self.base, params={})
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.trainable)
+        return Tuning(base, shapes, self.frozen if keep_frozen else {})
 
     def fingerprint(self) -> str:
         """SHA-256 of all parameters before training, which are public: a resumed run must begin with the same."""
@@ -95,10 +106,13 @@ def check_model_options(options: ModelOptions) -> None:
     _validate.nonnegative_integer("init_seed", options.init_seed)
 
 
-def load_tuning(options: ModelOptions, *, dtype: str, keep_float32: bool = False) -> tuple[Tuning, Tokenizer]:
+def load_tuning(
+    options: ModelOptions, *, dtype: str, param_dtype: str = "float32", keep_float32: bool = False
+) -> tuple[Tuning, Tokenizer]:
     """Reads the model and its tokenizer, adds adapters, and takes the parameters apart.
 
-    Trained parameters are float32. Frozen ones below an adapter stay as in the file, unless `keep_float32`.
+    Trained parameters are `param_dtype`, adapters float32. Frozen ones below an adapter stay as in the file, unless
+    `keep_float32`.
 
     Raises:
         ValueError, TypeError, OSError: the folder is not what it should be, or the options do not fit the model.
@@ -107,10 +121,11 @@ def load_tuning(options: ModelOptions, *, dtype: str, keep_float32: bool = False
     if options.from_scratch:
         config = read_config(options.model)
         model = causal_lm(config, dtype=jnp.dtype(dtype))
-        base = Pretrained(model, jax.device_get(model.init(key)), config, options.model)
+        base = Pretrained(model, model.init(key, jnp.dtype(param_dtype)), config, options.model)
     else:
         as_in_file = options.tune in ADAPTER_TUNING and not keep_float32
-        base = load_model(options.model, dtype=jnp.dtype(dtype), param_dtype=None if as_in_file else jnp.float32)
+        kept = None if as_in_file else jnp.dtype(param_dtype)
+        base = load_model(options.model, dtype=jnp.dtype(dtype), param_dtype=kept)
     tokenizer = load_tokenizer(options.model)
     check_matches(tokenizer, base.model)
     model, params = base.model, base.params
@@ -229,17 +244,29 @@ def make_loss(model: CausalLM, *, is_choice: bool, remat: bool) -> Any:
     return loss_fn
 
 
-def evaluate(model: CausalLM, params: Any, records: Records) -> dict[str, Any] | None:
+def evaluate(model: CausalLM, params: Any, records: Records, *, when: str) -> dict[str, Any] | None:
     """Perplexity, or accuracy, of the evaluation records; None without them."""
     if records.evaluation is None:
         return None
     if records.is_choice:
-        score = text.evaluate_choices(model.logits, params, records.evaluation)
+        return scores_of(text.evaluate_choices(model.logits, params, records.evaluation), when=when)
+    return scores_of(text.evaluate_language_model(model.logits, params, records.evaluation), when=when)
+
+
+def scores_of(score: text.LanguageModelScore | text.ChoiceScore, *, when: str) -> dict[str, Any]:
+    """A score for `report.json`, and on the screen."""
+    if isinstance(score, text.ChoiceScore):
         found = {"accuracy": score.accuracy, "loss": score.loss, "num_examples": score.num_examples}
     else:
-        score = text.evaluate_language_model(model.logits, params, records.evaluation)
         found = {"perplexity": score.perplexity, "loss": score.loss, "num_tokens": score.num_tokens}
-    return {name: value if math.isfinite(value) else None for name, value in found.items()}
+    found = {name: value if math.isfinite(value) else None for name, value in found.items()}
+    print(f"{when}: {', '.join(f'{name} {value:.6g}' for name, value in found.items() if value)}", flush=True)
+    return found
+
+
+def warn(message: str) -> None:
+    """Says on stderr what may be wrong and does not stop the run."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def privacy_unit(options: DataOptions) -> str:

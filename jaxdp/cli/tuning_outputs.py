@@ -14,11 +14,10 @@ from jaxdp.accounting import format_epsilon
 from jaxdp.cli import meters, run_folder
 from jaxdp.cli.curve import EpsilonCurve, curve_png
 from jaxdp.cli.model_card import model_card
+from jaxdp.cli.outcome import Outcome
 from jaxdp.cli.plan_check import PlanCheck
-from jaxdp.cli.training_loop import Progress
 from jaxdp.cli.tuning_job import Records, Tuning
-from jaxdp.cli.update_check import UpdateCheck
-from jaxdp.mechanism import Ledger, PrivacyPlan
+from jaxdp.mechanism import PrivacyPlan
 from jaxdp.models.lora import merge
 from jaxdp.models.peft import save_adapter
 from jaxdp.models.saving import save_model
@@ -32,25 +31,23 @@ _NOTE = (
 
 def report(
     plan: PrivacyPlan,
-    ledger: Ledger,
+    outcome: Outcome,
     *,
     tuning: Tuning,
     records: Records,
     privacy_unit: str,
     settings: dict[str, Any],
     check: PlanCheck,
-    updates: UpdateCheck,
-    progress: Progress,
-    scores: tuple[dict[str, Any], dict[str, Any]] | None,
 ) -> dict[str, Any]:
     """The contents of `report.json`. All that may not be published stands under `not_private`."""
+    ledger, progress = outcome.ledger, outcome.progress
     spent, (peak_host_bytes, meter) = plan.epsilon_so_far(ledger), meters.peak_host_memory()
     peak_device_bytes, device_meter = meters.peak_device_memory() or (None, None)
     evaluation = None
-    if scores is not None:
+    if outcome.before is not None and outcome.after is not None:
         evaluation = {
-            "before": scores[0],
-            "after": scores[1],
+            "before": outcome.before,
+            "after": outcome.after,
             "num_records": records.num_evaluation_records,
             "note": _NOTE,
         }
@@ -78,7 +75,7 @@ def report(
         "num_parameters": check.num_trainable + check.num_frozen,
         "num_trainable_parameters": check.num_trainable,
         "evaluation": evaluation,
-        "updates": updates.to_json(),
+        "updates": outcome.updates.to_json(),
         "settings": settings,
         "step_bytes": check.step_bytes,
         "step_bytes_meter": "XLA compiled memory_analysis",
@@ -92,6 +89,7 @@ def report(
         "device": jax.devices()[0].device_kind,
         "versions": meters.versions("flax", "safetensors", "tokenizers"),
         "command": shlex.join(["jaxdp", *sys.argv[1:]]),
+        **outcome.more,
         "not_private": {
             "final_training_loss": last_loss if math.isfinite(last_loss) else None,
             "tokens_per_second": num_tokens / progress.wall_seconds,
@@ -119,7 +117,6 @@ def in_words(tuning: Tuning, settings: dict[str, Any]) -> str:
 
 def write(
     folder: Path,
-    tuning: Tuning,
     released: Pretrained,
     contents: dict[str, Any],
     *,
@@ -129,15 +126,7 @@ def write(
 ) -> None:
     """Writes the model or adapter, the card, the curve and last the report, each of them whole or not at all."""
     card = model_card(contents).encode()
-    written = []
-    if tuning.model.lora is not None:
-        save_adapter(folder / "adapter", released.model, released.params, base_model=contents["base_model"])
-        written.append("adapter")
-        if merged:
-            released = _merged(released)
-    if released.model.lora is None:
-        save_model(folder / "model", released)
-        written.append("model")
+    written = write_weights(folder, released, base_model=contents["base_model"], merged=merged)
     for name in written:  # the card travels with what is published
         run_folder.write_bytes(folder / name / "README.md", card)
     run_folder.write_bytes(folder / "README.md", card)
@@ -152,6 +141,20 @@ def write(
             f"({contents['neighboring_relation']}, {contents['accountant'].upper()} accountant)"
         )
     print(f"report: {folder / 'report.json'}   released: {', '.join(str(folder / name) for name in written)}")
+
+
+def write_weights(folder: Path, released: Pretrained, *, base_model: str, merged: bool) -> list[str]:
+    """Writes `model/`, or `adapter/` and with `merged` both; returns their names."""
+    written = []
+    if released.model.lora is not None:
+        save_adapter(folder / "adapter", released.model, released.params, base_model=base_model)
+        written.append("adapter")
+        if merged:
+            released = _merged(released)
+    if released.model.lora is None:
+        save_model(folder / "model", released)
+        written.append("model")
+    return written
 
 
 def _merged(released: Pretrained) -> Pretrained:

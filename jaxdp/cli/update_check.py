@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxdp import _validate
 from jaxdp.clipping import ClippingPolicy
+from jaxdp.fingerprint import fingerprint
 from jaxdp.gradients import clipped_grad
 
 
@@ -111,6 +112,17 @@ def compare(trainable: Any, params: Any, frozen: Any, frozen_now: Any, *, step: 
     ]
     pairs = zip(_validate.named_leaves(trainable), jax.tree.leaves(params), strict=True)
     return UpdateCheck(step, tuple(name for (name, old), new in pairs if _same(old, new)), tuple(moved))
+
+
+def digests(params: Any) -> dict[str, str]:
+    """A fingerprint of every leaf, where the leaves themselves are too large to keep."""
+    return {name: fingerprint({name: np.asarray(leaf)}) for name, leaf in _validate.named_leaves(params)}
+
+
+def compare_digests(before: dict[str, str], params: Any, *, step: int) -> UpdateCheck:
+    """`compare` from the fingerprints of the trainable parameters before the run."""
+    after = digests(params)
+    return UpdateCheck(step, tuple(name for name, found in before.items() if after[name] == found), ())
 
 
 def with_non_finite(check: UpdateCheck, params: Any) -> UpdateCheck:
