@@ -116,8 +116,9 @@ def test_a_record_that_is_all_rounding_stays_within_the_clip_norm(loss, method):
     params = jnp.zeros((7, 1)) if loss is embedding_of_one_id else jnp.zeros((16, 16))
     grad_fn = jaxdp.clipped_grad(loss, clipping=jaxdp.flat(1.0), method=method)
     released = jax.jit(lambda batch, bound: grad_fn(params, batch, clip_norms=bound)[0])
+    num_norms = 3 if loss is embedding_of_one_id else 12  # which takes seconds for each
     for num_tokens in (192, 1536):
-        for clip_norm in np.geomspace(0.3, 3.0, 12, dtype=np.float32):
+        for clip_norm in np.geomspace(0.3, 3.0, num_norms, dtype=np.float32):
             total = released(biased(num_tokens)[None], clip_norm[None])
             assert np.linalg.norm(np.float64(total)) <= clip_norm * (1 + 1e-6)
 
