@@ -14,8 +14,9 @@ import tyro
 from dp_accounting import NeighboringRelation
 
 from jaxdp import accounting
+from jaxdp._files import write_whole
 from jaxdp.accounting import SampledGaussian, format_epsilon
-from jaxdp.cli import run_folder, run_trajectory
+from jaxdp.cli import run_trajectory
 from jaxdp.cli.options import hint
 from jaxdp.zeroth_order import Trajectory, read_trajectory
 
@@ -50,7 +51,7 @@ def run(config: ExportTrajectory) -> None:
         raise FileExistsError(f"{out} exists; nothing was overwritten. Choose another --out.")
     trajectory = read_trajectory(journal)
     content = journal.read_bytes()[: trajectory.num_bytes]
-    run_folder.write_bytes(out, content)
+    write_whole(out, content)
     print(f"{trajectory.num_steps} steps, {len(content):,} bytes: {out}")
     print(statement(trajectory))
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from jaxdp import _validate
+from jaxdp._files import write_whole
 
 _CONFIG = "config.json"
 
@@ -98,13 +98,4 @@ def check_config(folder: Path, config: dict[str, Any]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON so that the file is whole or absent, whatever happens."""
-    write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_whole(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())

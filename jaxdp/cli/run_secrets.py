@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdp._files import sync_folder, write_whole
 from jaxdp._typing import Key
 from jaxdp.noise import secret_key
 
@@ -62,15 +63,9 @@ def write(folder: Path, found: RunSecrets) -> None:
             "num_at_once": found.num_at_once,
         }
     )
-    partial = folder / (_FILE + ".partial")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with open(descriptor, "w") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(folder / _FILE)
-    _sync(folder)
-    _sync(folder.parent)
+    write_whole(folder / _FILE, content.encode(), mode=0o600)
+    sync_folder(folder)
+    sync_folder(folder.parent)
 
 
 def read(folder: Path) -> RunSecrets | None:
@@ -119,11 +114,3 @@ class ProgressFile:
     def close(self) -> None:
         """Closes the file."""
         os.close(self._descriptor)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

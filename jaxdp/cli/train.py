@@ -17,6 +17,7 @@ import optax
 import tyro
 
 from jaxdp import _validate
+from jaxdp._files import write_whole
 from jaxdp.accounting import format_epsilon
 from jaxdp.checkpointing import Checkpointer
 from jaxdp.cli import meters, options, run_folder, training_loop
@@ -147,10 +148,8 @@ def run(config: Train) -> None:
     report = _report(config, the_plan, state, dataset, accuracy, progress)
     curve = EpsilonCurve(the_plan)
     title = f"{dataset.name}: test accuracy {accuracy:.3f}"
-    run_folder.write_bytes(
-        folder / "curve.png", curve_png(progress.losses, curve, title=title, private=not config.no_privacy)
-    )
-    run_folder.write_bytes(folder / "model.npz", _npz(state.params))
+    write_whole(folder / "curve.png", curve_png(progress.losses, curve, title=title, private=not config.no_privacy))
+    write_whole(folder / "model.npz", _npz(state.params))
     run_folder.write_json(folder / "report.json", report)
     print(f"test_accuracy {accuracy:.4f}")
     if config.no_privacy:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from jaxdp._files import write_whole
 from jaxdp.accounting import format_epsilon
 from jaxdp.cli import meters, run_folder
 from jaxdp.cli.curve import EpsilonCurve, curve_png
@@ -128,10 +129,10 @@ def write(
     card = model_card(contents).encode()
     written = write_weights(folder, released, base_model=contents["base_model"], merged=merged)
     for name in written:  # the card travels with what is published
-        run_folder.write_bytes(folder / name / "README.md", card)
-    run_folder.write_bytes(folder / "README.md", card)
+        write_whole(folder / name / "README.md", card)
+    write_whole(folder / "README.md", card)
     curve = curve_png(losses, EpsilonCurve(plan), title=contents["base_model"], private=contents["private"])
-    run_folder.write_bytes(folder / "curve.png", curve)
+    write_whole(folder / "curve.png", curve)
     run_folder.write_json(folder / "report.json", contents)
     if contents["epsilon"] is None:
         print("epsilon infinite: this run is not private")

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdp import _validate
-from jaxdp._typing import Key
+from jaxdp._typing import Batch, Key
 from jaxdp.clipping import Automatic, Flat, clip_and_sum
-from jaxdp.mechanism import PrivacyPlan, check_plan, privatize
+from jaxdp.mechanism import Ledger, PrivacyPlan, check_batch, check_plan, privatize
 from jaxdp.noise import secret_key
 
 
@@ -65,6 +65,32 @@ def unrelated_noise_key(noise_key: Key | None, direction_key: Key) -> Key:
             "noise_key is the direction key, which is public: anyone could subtract the noise. Leave it out, or give another (S8)."
         )
     return jax.random.clone(noise_key)
+
+
+def check_examples(
+    plan: PrivacyPlan | None, ledger: Ledger, noise_key: Key | None, batch: Batch, is_padding_example: Any
+) -> jax.Array:
+    """What a step refuses before it runs; the mask of the batch, bool `[B]`."""
+    if plan is None:
+        return _validate.padding_mask(is_padding_example, _validate.batch_axis(batch))
+    if noise_key is None:
+        raise ValueError("state was made without a plan and has no noise key; start with the init of this step.")
+    ledger.check_budget(plan)
+    return check_batch(plan, batch, is_padding_example)
+
+
+def examples_of(projected_gradients: jax.Array, losses: jax.Array, mask: jax.Array) -> NotPrivate:
+    """An estimator's results `[K, B]` and `[B]` as per-example values; a row of padding, or one that is not finite, is out (S9)."""
+    contributed = ~mask & jnp.all(jnp.isfinite(projected_gradients), axis=0) & jnp.isfinite(losses)
+    return NotPrivate(losses, projected_gradients.T.astype(jnp.float32), contributed)
+
+
+def released(examples: NotPrivate, plan: PrivacyPlan | None, *, key: Key | None, step: jax.Array) -> jax.Array:
+    """g `[K]`: the private mean under a plan, and the mean without one."""
+    if plan is None:
+        return mean(examples.projected_gradients, examples.contributed)
+    assert key is not None  # `check_examples` refuses a state without one
+    return private_mean(examples.projected_gradients, examples.contributed, plan, key=key, step=step)
 
 
 def mean(projected_gradients: jax.Array, contributed: jax.Array) -> jax.Array:

@@ -107,16 +107,10 @@ def finish(
 ) -> tuple[Scalars, NotPrivate]:
     """The scalars of the step, and the per-example values behind them."""
     lifted = _probed(spec, spec.model.loss, resident, streams, context.frozen, context, _RESIDENT)
-    projected, losses = spec.estimator.results(lifted)  # [K, B], [B]
-    contributed = ~mask & jnp.all(jnp.isfinite(projected), axis=0) & jnp.isfinite(losses)
-    per_example = projected.T.astype(jnp.float32)
-    if plan is None:
-        g = aggregation.mean(per_example, contributed)
-    else:  # once a step, before any block can read it (S7)
-        assert noise_key is not None  # `init` draws it
-        g = aggregation.private_mean(per_example, contributed, plan, key=noise_key, step=context.step)
-    not_private = NotPrivate(losses, per_example, contributed)
-    return updates.scalars(sgd, g, context.step), not_private
+    examples = aggregation.examples_of(*spec.estimator.results(lifted), mask)
+    # Once a step, before any block can read it (S7).
+    g = aggregation.released(examples, plan, key=noise_key, step=context.step)
+    return updates.scalars(sgd, g, context.step), examples
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -17,7 +17,7 @@ import optax
 
 from jaxdp import _validate
 from jaxdp._typing import Batch, Key, Params
-from jaxdp.mechanism import Ledger, PrivacyPlan, check_batch
+from jaxdp.mechanism import Ledger, PrivacyPlan
 from jaxdp.zeroth_order import aggregation, directions, updates
 from jaxdp.zeroth_order.aggregation import NotPrivate, unrelated_noise_key
 from jaxdp.zeroth_order.directions import Law, Rademacher
@@ -145,11 +145,8 @@ def make_resident_step(
         aggregation.check_zeroth_order_plan(plan)
     if not isinstance(tx, optax.GradientTransformation):
         raise TypeError(f"tx must be an optax.GradientTransformation, such as optax.adam(1e-3); got {tx!r}.")
-    if is_normalized and estimator.num_directions < 2:
-        raise ValueError(
-            "is_normalized divides by the spread over the directions, and one has none: give num_directions above 1."
-        )
     sgd = updates.Sgd(1.0, is_normalized=is_normalized)  # the learning rate is the optimizer's
+    updates.check_spread(sgd, estimator.num_directions)
 
     def init(params: Params, *, direction_key: Key, noise_key: Key | None = None) -> ResidentState:
         _validate.floating_params(params)
@@ -173,12 +170,7 @@ def make_resident_step(
         frozen: Any,
     ) -> tuple[Params, Any, ResidentInfo]:
         found = _probed(loss_fn, estimator, law, params, batch, mask, frozen, root, step)
-        rows, contributed = found.projected_gradients, found.contributed
-        if plan is None:
-            g = aggregation.mean(rows, contributed)
-        else:
-            assert noise_key is not None  # `step` refuses a state without one
-            g = aggregation.private_mean(rows, contributed, plan, key=noise_key, step=step)
+        g = aggregation.released(found, plan, key=noise_key, step=step)
         g = updates.scalars(sgd, g, step).projected_gradients
         estimate = expanded(law, g, params, root=root, step=step)
         estimate = jax.tree.map(lambda leaf, param: leaf.astype(param.dtype), estimate, params)
@@ -193,13 +185,7 @@ def make_resident_step(
         if not isinstance(state, ResidentState):
             raise TypeError(f"state must be the ResidentState of init or of the last step, got {type(state).__name__}.")
         directions.check_step(int(state.step))
-        if plan is None:
-            mask = _validate.padding_mask(is_padding_example, _validate.batch_axis(batch))
-        elif state.noise_key is None:
-            raise ValueError("state was made without a plan and has no noise key; start with the init of this step.")
-        else:
-            state.ledger.check_budget(plan)
-            mask = check_batch(plan, batch, is_padding_example)
+        mask = aggregation.check_examples(plan, state.ledger, state.noise_key, batch, is_padding_example)
         params, opt_state, info = compiled(
             state.params,
             state.opt_state,
@@ -241,5 +227,4 @@ def _probed(
     projected, losses = estimator.results(lifted)  # [K, B], [B]
     if projected.ndim != 2:
         raise ValueError(f"loss_fn must return a scalar for one example, got shape {losses.shape[1:]}.")
-    contributed = ~mask & jnp.all(jnp.isfinite(projected), axis=0) & jnp.isfinite(losses)
-    return NotPrivate(losses, projected.T.astype(jnp.float32), contributed)
+    return aggregation.examples_of(projected, losses, mask)

@@ -13,9 +13,9 @@ import numpy as np
 from jaxdp import _validate
 from jaxdp._typing import Batch, Key, Params
 from jaxdp.block_model import BlockModel, BlockParams
-from jaxdp.mechanism import Ledger, PrivacyPlan, check_batch
+from jaxdp.mechanism import Ledger, PrivacyPlan
 from jaxdp.zeroth_order import buckets, directions, programs, updates
-from jaxdp.zeroth_order.aggregation import NotPrivate, check_zeroth_order_plan, unrelated_noise_key
+from jaxdp.zeroth_order.aggregation import NotPrivate, check_examples, check_zeroth_order_plan, unrelated_noise_key
 from jaxdp.zeroth_order.buckets import Layout
 from jaxdp.zeroth_order.directions import Law, LowRank, Rademacher
 from jaxdp.zeroth_order.estimators import Estimator, OneSided, TwoSided
@@ -178,10 +178,7 @@ def make_step(
     placement.check()
     if plan is not None:
         check_zeroth_order_plan(plan)
-    if sgd.is_normalized and estimator.num_directions < 2:
-        raise ValueError(
-            "is_normalized divides by the spread over the directions, and one has none: give num_directions above 1."
-        )
+    updates.check_spread(sgd, estimator.num_directions)
     if isinstance(estimator, TwoSided | OneSided) and estimator.num_at_once > 1 and not isinstance(law, LowRank):
         raise ValueError(
             f"num_at_once={estimator.num_at_once} needs low-rank directions: each of the others would need a copy of every matrix."
@@ -233,11 +230,7 @@ def make_step(
     ) -> tuple[DeferredState, StepInfo]:
         state, num_pending = _opened(state)
         directions.check_step(state.step)
-        if plan is None:
-            mask = _validate.padding_mask(is_padding_example, _validate.batch_axis(batch))
-        else:
-            state.ledger.check_budget(plan)
-            mask = check_batch(plan, batch, is_padding_example)
+        mask = check_examples(plan, state.ledger, state.noise_key, batch, is_padding_example)
         batch = on_device(batch)
         index, spec = np.uint32(state.step), spec_of(state)
         frozen = None if state.frozen is None else state.frozen.resident

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdp import _validate
+from jaxdp._files import sync_folder
 from jaxdp.block_model import BlockParams
 from jaxdp.checkpointing import plan_to_json
 from jaxdp.fingerprint import fingerprint
@@ -111,7 +112,7 @@ class Journal:
         written = _encoded_header(header)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         _write(descriptor, written)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
         return cls(path, descriptor, zlib.crc32(written), _num_directions(header))
 
     @classmethod
@@ -276,11 +277,3 @@ def _write(descriptor: int, content: bytes) -> None:
     while view:
         view = view[os.write(descriptor, view) :]
     os.fsync(descriptor)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

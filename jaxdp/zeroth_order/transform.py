@@ -10,6 +10,7 @@ other kind stands at address 0 as a whole (S17).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -108,10 +109,7 @@ def expanded(law: Law, projected_gradients: jax.Array, shapes: Params, *, root: 
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
         return add_term(0, zeros) if K == 1 else lax.fori_loop(0, K, add_term, zeros)
 
-    if not isinstance(shapes, BlockParams):
-        return at(jnp.uint32(0), shapes)
-    one, addresses = _one_block(shapes.blocks)
-    return BlockParams(at(jnp.uint32(0), shapes.resident), lax.map(lambda block: at(block, one), addresses))
+    return _by_block(at, shapes)
 
 
 def direction(law: Law, shapes: Params, *, root: jax.Array, step: jax.Array, k: jax.Array) -> Params:
@@ -120,6 +118,11 @@ def direction(law: Law, shapes: Params, *, root: jax.Array, step: jax.Array, k: 
     def at(block: jax.Array, shapes: Params) -> Params:
         return directions.leaf_directions(law, root, step=step, k=k, block=block, shapes=shapes)
 
+    return _by_block(at, shapes)
+
+
+def _by_block(at: Callable[[jax.Array, Params], Params], shapes: Params) -> Params:
+    """`at(address, shapes)` of each block of `BlockParams`, one after the other; of anything else as block 0."""
     if not isinstance(shapes, BlockParams):
         return at(jnp.uint32(0), shapes)
     one, addresses = _one_block(shapes.blocks)

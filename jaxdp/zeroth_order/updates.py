@@ -111,6 +111,14 @@ class Pending:
     history: jax.Array
 
 
+def check_spread(sgd: Sgd, num_directions: int) -> None:
+    """Refuses to divide by the spread over a single direction, which has none."""
+    if sgd.is_normalized and num_directions < 2:
+        raise ValueError(
+            "is_normalized divides by the spread over the directions, and one has none: give num_directions above 1."
+        )
+
+
 def nothing_pending(sgd: Sgd, num_directions: int, num_entries: int) -> Pending:
     """No updates, and room for `num_entries`."""
     M, H, K = num_entries, sgd.num_terms, num_directions

@@ -184,6 +184,9 @@ def test_bad_private_steps_are_refused(key):
         make_step(toy(), Sgd(1e-2), plan=1.0)
     with pytest.raises(ValueError, match=r"is_normalized .* num_directions above 1"):
         make_step(toy(), Sgd(1e-2, is_normalized=True))
+    without = make_step(toy(), Sgd(1e-2)).init(toy_params(), direction_key=key)
+    with pytest.raises(ValueError, match="made without a plan"):
+        make_step(toy(), Sgd(1e-2), plan=plan_of()).step(without, toy_batch())
     poisson = jaxdp.plan(
         num_examples=60,
         expected_batch_size=3,
