@@ -15,17 +15,21 @@ import numpy as np
 
 from benchmarks.zeroth_order_problems import Problem
 from jaxdp.block_model import BlockParams, loss_fn
+from jaxdp.mechanism import PrivacyPlan
 from jaxdp.zeroth_order import Placement, Rademacher, Scalars, Sgd, State, Steps, TwoSided, make_step
 from jaxdp.zeroth_order.streaming import on_device, pass_through
 
 
 class Run:
-    """A zeroth-order run that goes on with every call of `step`: SPSA, Rademacher directions, SGD."""
+    """A zeroth-order run that goes on with every call of `step`: SPSA, Rademacher directions, SGD; private under a plan."""
 
-    def __init__(self, problem: Problem, num_directions: int, placement: Placement) -> None:
+    def __init__(
+        self, problem: Problem, num_directions: int, placement: Placement, *, plan: PrivacyPlan | None = None
+    ) -> None:
         self._placement = placement
+        estimator = TwoSided(num_directions)
         self._steps: Steps = make_step(
-            problem.blocks, Sgd(1e-6), estimator=TwoSided(num_directions), law=Rademacher(), placement=placement
+            problem.blocks, Sgd(1e-6), plan=plan, estimator=estimator, law=Rademacher(), placement=placement
         )
         self._batch = on_device(problem.draw_batch())
         state = self._steps.init(problem.params, direction_key=jax.random.key(0))
