@@ -15,7 +15,7 @@ from jax.core import Tracer
 from jaxdp import _validate
 from jaxdp._typing import Batch, Key, LossFn, Params
 from jaxdp.gradients import ClippedGrad, Method, NotPrivate, clipped_grad
-from jaxdp.mechanism import Ledger, PrivacyPlan, check_batch, check_plan, privatize
+from jaxdp.mechanism import Ledger, PrivacyPlan, check_batch, check_gradient_plan, privatize
 from jaxdp.noise import secret_key
 
 
@@ -86,7 +86,7 @@ def make_dp_step(
         loss_fn: `loss_fn(params, example) -> scalar`, or `-> (scalar, aux)` with `has_aux=True`; one example, no batch axis.
             With `frozen` arrays, `loss_fn(params, example, frozen)`.
         tx: Any optax optimizer. It must not contain a privacy transformation of its own.
-        plan: The privacy numbers, from `jaxdp.plan`.
+        plan: The privacy numbers, from `jaxdp.plan`, with Gaussian noise.
         has_aux: As in `jax.grad`.
         microbatch_size: Rows differentiated at once; bounds memory and changes nothing else.
         method: How the clipped sum is computed, as in `clipped_grad`; changes nothing else.
@@ -109,7 +109,7 @@ def make_dp_step(
             fun, clipping=plan.clipping, has_aux=has_aux, microbatch_size=microbatch_size, method=method
         )
 
-    check_plan(plan)
+    check_gradient_plan(plan)
     grad_fn(loss_fn)  # complains about its arguments now
     if not isinstance(tx, optax.GradientTransformation):
         raise TypeError(f"tx must be an optax.GradientTransformation, such as optax.adam(1e-3); got {tx!r}.")

@@ -15,7 +15,7 @@ from jax.core import Tracer
 from jaxdp import _validate
 from jaxdp._typing import Key, Params
 from jaxdp.clipping import clip_and_sum
-from jaxdp.mechanism import PrivacyPlan, check_batch, check_plan, privatize
+from jaxdp.mechanism import PrivacyPlan, check_batch, check_gradient_plan, privatize
 
 
 @jax.tree_util.register_dataclass
@@ -54,7 +54,7 @@ def dp_aggregate(plan: PrivacyPlan, key: Key) -> optax.GradientTransformationExt
     padding, contribute zero; an empty batch gives noise only.
 
     Args:
-        plan: The privacy numbers, from `jaxdp.plan`.
+        plan: The privacy numbers, from `jaxdp.plan`, with Gaussian noise.
         key: A secret noise key, `jaxdp.secret_key()`: a fresh one for each process (S8). The first `init` uses it as it is, and
             each further one derives a key of its own.
 
@@ -65,7 +65,7 @@ def dp_aggregate(plan: PrivacyPlan, key: Key) -> optax.GradientTransformationExt
     Raises:
         ValueError: at trace time, if `params` is missing, or a leaf is not `[B, *param.shape]`, naming the leaf.
     """
-    check_plan(plan)
+    check_gradient_plan(plan)
     _validate.typed_key("key", key)
     plan_id = _plan_id(plan)
     runs = itertools.count()

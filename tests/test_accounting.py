@@ -11,10 +11,14 @@ from scipy import integrate, stats
 
 import jaxdp
 from jaxdp import NeighboringRelation, accounting
-from jaxdp.accounting import SampledGaussian
+from jaxdp.accounting import SampledRelease
 
 ADD_REMOVE = NeighboringRelation.ADD_OR_REMOVE_ONE
 DELTA = 1e-5
+
+
+def gaussian(num_examples, sampling_prob, padded_batch_size, noise_multiplier, num_steps):
+    return SampledRelease("gaussian", num_examples, sampling_prob, padded_batch_size, noise_multiplier, num_steps)
 
 
 def epsilon(release, delta=DELTA, relation=ADD_REMOVE, accountant="pld"):
@@ -101,11 +105,11 @@ TRUNCATION = [  # N, q, steps, sigma, cap, epsilon: S10
 @pytest.mark.parametrize(("num_examples", "q", "steps", "sigma", "cap", "expected"), TRUNCATION)
 def test_truncation_is_charged_for(num_examples, q, steps, sigma, cap, expected):
     """The published N counts the record that differs; ours is the data set that a neighbor may have one more than."""
-    assert epsilon(SampledGaussian(num_examples - 1, q, cap, sigma, steps)) == pytest.approx(expected, rel=1e-3)
+    assert epsilon(gaussian(num_examples - 1, q, cap, sigma, steps)) == pytest.approx(expected, rel=1e-3)
 
 
 def test_an_added_record_may_be_the_one_that_overflows():
-    release = SampledGaussian(20, 0.5, 12, 2.0, 50)
+    release = gaussian(20, 0.5, 12, 2.0, 50)
     event = release.dp_event()
     assert isinstance(event, dp_accounting.SelfComposedDpEvent)
     assert event.event.dataset_size == 21  # type: ignore[attr-defined]
@@ -161,7 +165,7 @@ def test_the_published_calibration():
 )
 def test_one_step_against_direct_integration(q, sigma, delta):
     """One subsampled step by the definition of delta(epsilon), integrated over the density, both directions."""
-    eps = epsilon(SampledGaussian(10**6, q, 10**6, sigma, 1), delta)
+    eps = epsilon(gaussian(10**6, q, 10**6, sigma, 1), delta)
 
     def hockey_stick(p, r, e):
         grid = sigma * np.linspace(-12, 12, 400_001) + 0.5
@@ -198,7 +202,9 @@ def test_default_truncation_costs_nothing_visible(accountant, sigma, delta, step
         accountant=accountant,
     )
     assert plan.padded_batch_size < 400
-    untruncated = epsilon(plan.release(steps)._replace(padded_batch_size=10_000), delta, accountant=accountant)
+    untruncated = epsilon(
+        dataclasses.replace(plan.release(steps), padded_batch_size=10_000), delta, accountant=accountant
+    )
     assert plan.epsilon() == pytest.approx(untruncated, rel=0.01 if delta < 1e-11 else 0.002)
 
 
@@ -207,14 +213,14 @@ def test_default_truncation_costs_nothing_visible(accountant, sigma, delta, step
     [(256 / 60_000, 6.84, 100_000, 0.7189), (0.01, 1.0, 1000, 1.8282), (4096 / 10**6, 18.6, 10**6, 0.8076)],
 )
 def test_the_grid_is_fine_enough_for_weak_mechanisms_and_many_steps(q, sigma, steps, near):
-    release = SampledGaussian(10**6, q, 10**6, sigma, steps)
+    release = gaussian(10**6, q, 10**6, sigma, steps)
     assert epsilon(release) == pytest.approx(near, rel=0.01)
     assert epsilon(release) <= epsilon(release, accountant="rdp")
 
 
 @pytest.mark.parametrize("sigma", [1e-3, 0.02, 0.1])
 def test_tiny_noise_has_a_huge_epsilon_in_bounded_time_and_memory(sigma):
-    value = epsilon(SampledGaussian(1000, 0.1, 1000, sigma, 10))
+    value = epsilon(gaussian(1000, 0.1, 1000, sigma, 10))
     assert value >= 0.5 / sigma**2
 
 
@@ -239,16 +245,19 @@ def test_a_goal_out_of_reach_is_an_error_that_names_it():
 
 
 def test_rdp_charges_truncation_to_delta():
-    whole = SampledGaussian(1000, 0.064, 1000, 4.84, 1000)
-    unlikely, likely = whole._replace(padded_batch_size=160), whole._replace(padded_batch_size=96)
+    whole = gaussian(1000, 0.064, 1000, 4.84, 1000)
+    unlikely, likely = (
+        dataclasses.replace(whole, padded_batch_size=160),
+        dataclasses.replace(whole, padded_batch_size=96),
+    )
     assert epsilon(unlikely, accountant="rdp") == pytest.approx(epsilon(whole, accountant="rdp"), rel=1e-9)
     assert epsilon(likely, accountant="rdp") == math.inf  # overflow of 3e-5 in 1000 steps: above delta
-    middle = whole._replace(padded_batch_size=128)
+    middle = dataclasses.replace(whole, padded_batch_size=128)
     assert epsilon(whole, accountant="rdp") < epsilon(middle, accountant="rdp") < math.inf
 
 
 def test_rdp_charges_the_overflow_of_every_step():
-    release = SampledGaussian(1000, 0.064, 120, 4.84, 1000)
+    release = gaussian(1000, 0.064, 120, 4.84, 1000)
     one_step = stats.binom.logsf(120, 1001, 0.064)
     assert release.log_overflow_prob() == pytest.approx(one_step + math.log(1000))
 
@@ -278,18 +287,18 @@ def test_a_goal_that_any_noise_meets_gets_the_least():
 
 
 def test_epsilon_of_several_releases_composes():
-    one = SampledGaussian(60_000, 0.01, 60_000, 1.0, 500)
+    one = gaussian(60_000, 0.01, 60_000, 1.0, 500)
     both = accounting.epsilon([one, one], DELTA, neighboring_relation=ADD_REMOVE, accountant="pld")
-    assert both == pytest.approx(epsilon(one._replace(num_steps=1000)), abs=1e-3)
-    louder = one._replace(noise_multiplier=2.0)
+    assert both == pytest.approx(epsilon(dataclasses.replace(one, num_steps=1000)), abs=1e-3)
+    louder = dataclasses.replace(one, noise_multiplier=2.0)
     mixed = accounting.epsilon([one, louder], DELTA, neighboring_relation=ADD_REMOVE, accountant="pld")
     assert epsilon(one) < mixed < both
 
 
 ONE_BY_ONE = [  # sampled and truncated, sampled alone, neither
-    SampledGaussian(1000, 0.05, 90, 2.0, 50),
-    SampledGaussian(1000, 0.05, 1000, 2.0, 50),
-    SampledGaussian(1000, 1.0, 1000, 8.0, 7),
+    gaussian(1000, 0.05, 90, 2.0, 50),
+    gaussian(1000, 0.05, 1000, 2.0, 50),
+    gaussian(1000, 1.0, 1000, 8.0, 7),
 ]
 
 
@@ -299,10 +308,12 @@ ONE_BY_ONE = [  # sampled and truncated, sampled alone, neither
 )
 def test_one_step_composed_with_itself_is_what_the_accountants_make_of_the_event(releases, relation):
     """To the last bit: `epsilon` takes a shortcut past the work that dp_accounting's accountants do again for every answer."""
-    releases = [release._replace(num_steps=steps) for release in releases for steps in (1, release.num_steps)]
+    releases = [
+        dataclasses.replace(release, num_steps=steps) for release in releases for steps in (1, release.num_steps)
+    ]
     if relation != NeighboringRelation.REPLACE_ONE:
         ledger = dp_accounting.rdp.RdpAccountant(neighboring_relation=relation)
-        whole = [release._replace(padded_batch_size=release.num_examples) for release in releases]
+        whole = [dataclasses.replace(release, padded_batch_size=release.num_examples) for release in releases]
         for release in whole:
             ledger.compose(release.dp_event())
         ours = accounting.epsilon(whole, DELTA, neighboring_relation=relation, accountant="rdp")
@@ -316,9 +327,9 @@ def test_one_step_composed_with_itself_is_what_the_accountants_make_of_the_event
 
 
 def test_no_noise_is_infinite_and_no_step_is_free():
-    assert epsilon(SampledGaussian(100, 0.5, 100, 0.0, 1)) == math.inf
-    assert epsilon(SampledGaussian(100, 0.5, 100, 0.0, 0)) == 0.0
-    assert epsilon(SampledGaussian(100, 0.5, 100, 1.0, 0)) == 0.0
+    assert epsilon(gaussian(100, 0.5, 100, 0.0, 1)) == math.inf
+    assert epsilon(gaussian(100, 0.5, 100, 0.0, 0)) == 0.0
+    assert epsilon(gaussian(100, 0.5, 100, 1.0, 0)) == 0.0
 
 
 def test_the_event_is_the_accountants():

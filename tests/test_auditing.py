@@ -288,6 +288,60 @@ def test_the_audit_sees_the_packages_own_noise_and_clip(report_of, monkeypatch):
         assert not report_of(plan_of(num_steps=num_steps, mu=0.98)).passed
 
 
+# Laplace noise.
+
+
+def laplace_plan(*, b=4.0, num_steps=2000, **options):
+    settings = {"sampling_prob": 1.0, "clipping": jaxdp.flat(1.0), "target_delta": 1e-5}
+    return jaxdp.plan(num_examples=1000, num_steps=num_steps, noise_multiplier=b, noise="laplace", **settings | options)
+
+
+def test_the_curve_of_a_laplace_step_is_its_own():
+    """Least false positive rates: y / t below 1/2, 1 / (4 t (1 - y)) in the middle, 1 - t (1 - y) above 1 - 1 / 2t; t = e^(1/b)."""
+    t = math.exp(1 / 0.7)
+    curve = auditing.plan_curve(laplace_plan(b=0.7, num_steps=1))
+    for y in (0.01, 0.2, 0.5, 0.6, 0.8, 0.9, 0.99):
+        exact = y / t if y < 0.5 else 1 / (4 * t * (1 - y)) if y < 1 - 1 / (2 * t) else 1 - t * (1 - y)
+        assert curve(y) <= exact * (1 + 1e-9)
+        assert curve(y) == pytest.approx(exact, rel=0.1)  # its pairs are 0.1 apart in epsilon
+
+
+def test_false_alarms_on_exact_laplace_mechanisms_are_as_rare_as_stated():
+    rng, m, curve = np.random.default_rng(9), 1000, auditing.plan_curve(laplace_plan(b=0.7, num_steps=1))
+
+    def run():
+        coins = rng.random(m) < 0.5
+        return coins + rng.laplace(scale=0.7, size=m), coins
+
+    assert count_of_alarms(curve, (run() for _ in range(400)), 300) <= stats.binom.isf(1e-4, 400, SIGNIFICANCE)
+
+
+@pytest.mark.parametrize("target_delta", [1e-5, 0])
+def test_laplace_releases_are_refuted_with_half_their_noise_and_not_with_all_of_it(target_delta):
+    """One number for each canary, with the noise of the claim and with half of it; at delta = 0 against the pure epsilon, 2."""
+    plan, rng = laplace_plan(b=0.5, num_steps=1, target_delta=target_delta), np.random.default_rng(10)
+
+    def with_scale(scale):
+        return audit(plan, lambda coins: coins + rng.laplace(scale=scale, size=len(coins)), rng=rng)
+
+    assert with_scale(0.5).passed
+    assert not with_scale(0.25).passed
+    assert math.isinf(with_scale(0.5).epsilon_estimate) == (target_delta == 0)
+
+
+@pytest.mark.slow
+def test_a_laplace_run_passes_and_one_without_noise_fails():
+    """The steps of the package, one number each, which 1000 canaries share."""
+    plan = laplace_plan(b=35.0, num_steps=1200)
+    assert zeroth_order_report(plan, num_directions=1).passed
+    assert not zeroth_order_report(plan, "no-noise", num_directions=1).passed
+
+
+def test_a_run_of_gradients_is_refused_under_a_laplace_plan():
+    with pytest.raises(ValueError, match="noise='laplace'"):
+        dp_sgd_run(laplace_plan(), canary_norm=CANARY_NORM, rng=np.random.default_rng(0))(np.ones(1000, bool))
+
+
 def test_scores_that_know_nothing_refute_nothing():
     rng = np.random.default_rng(3)
     report = audit(FULL, lambda coins: rng.normal(size=len(coins)), rng=rng)

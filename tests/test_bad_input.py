@@ -130,6 +130,10 @@ CASES = {
     "delta_one": Case(lambda: plan(target_delta=1.0), ValueError, "1.0", "target_delta must lie in (0, 1)"),
     "delta_unset": Case(lambda: plan().epsilon(), ValueError, "delta is not set", "pass delta="),
     "delta_below_pld": Case(lambda: plan().epsilon(delta=1e-20), ValueError, "1e-20", "accountant='rdp'"),
+    "delta_zero": Case(
+        lambda: plan(noise_multiplier=None, target_epsilon=1.0, target_delta=0), ValueError, "got 0", "noise='laplace'"
+    ),
+    "delta_zero_of_an_epsilon": Case(lambda: plan().epsilon(delta=0.0), ValueError, "got 0.0", "delta such as 1e-5"),
     "epsilon_zero": Case(
         lambda: plan(noise_multiplier=None, target_epsilon=0.0, target_delta=1e-5), ValueError, "0.0", "positive"
     ),
@@ -149,6 +153,28 @@ CASES = {
     "padded_under_mean": Case(lambda: plan(padded_batch_size=5), ValueError, "5", "microbatch_size"),
     "quantile_count_too_quiet": Case(
         lambda: plan(clipping=jaxdp.quantile(0.1)), ValueError, "it is 0.5", "set count_stddev to about 2"
+    ),
+    "noise_unknown": Case(lambda: plan(noise="uniform"), ValueError, "'uniform'", "one of 'gaussian', 'laplace'"),
+    "laplace_per_layer": Case(
+        lambda: plan(noise="laplace", clipping=jaxdp.per_layer(1.0)), ValueError, "per-layer", "noise='gaussian'"
+    ),
+    "laplace_quantile": Case(
+        lambda: plan(noise="laplace", clipping=jaxdp.quantile(1.0)), ValueError, "quantile", "jaxdp.flat(C)"
+    ),
+    "laplace_rdp": Case(
+        lambda: plan(noise="laplace", accountant="rdp"), ValueError, "accountant='rdp'", "accountant='pld'"
+    ),
+    "laplace_delta_negative": Case(
+        lambda: plan(noise="laplace", target_delta=-1e-5), ValueError, "-1e-05", "target_delta must lie in (0, 1)"
+    ),
+    "laplace_gradients": Case(
+        lambda: step(noise="laplace"), ValueError, "noise='laplace'", "jaxdp.zeroth_order.make_step"
+    ),
+    "laplace_aggregate": Case(
+        lambda: jaxdp.dp_aggregate(plan(noise="laplace"), jax.random.key(0)),
+        ValueError,
+        "noise='laplace'",
+        "Plan with noise='gaussian'",
     ),
     # Functions, parameters and batches.
     "loss_vector": Case(lambda: grad(lambda p, x: x * p["w"]), ValueError, "shape (3,)", "without the batch axis"),

@@ -40,6 +40,21 @@ MUTATIONS = {
         "draw = jax.random.normal(own_key, leaf.shape, jnp.bfloat16).astype(leaf.dtype)",
         f"{PRIVATIZE} float32",
     ),
+    "laplace_noise_halved": Mutation(
+        "jaxdp/noise.py", "leaf + scale.astype", "leaf + 0.5 * scale.astype", f"{PRIVATIZE} laplace and once"
+    ),
+    "pure_truncation_free": Mutation(
+        "jaxdp/accounting/laplace.py",
+        "    if release.truncates:",
+        "    if False:",
+        "tests/test_laplace_accounting.py truncation_can_show",
+    ),
+    "two_directions_with_laplace": Mutation(
+        "jaxdp/zeroth_order/aggregation.py",
+        'plan.noise == "laplace" and num_directions != 1',
+        "False",
+        "tests/zeroth_order/test_private.py refused_for_more",
+    ),
     "wrong_divisor": Mutation(
         "jaxdp/mechanism/privatize.py", "leaf / plan.expected_batch_size", "leaf / plan.padded_batch_size", f"{PRIVATIZE} constant"
     ),

@@ -7,7 +7,16 @@ import pytest
 from scipy import stats
 
 import jaxdp
-from jaxdp.noise import _fold_in_each, _wide_normal_of_bits, add_noise, allocate_stddevs, standard_normal
+from jaxdp.noise import (
+    _fold_in_each,
+    _laplace_of_bits,
+    _wide_normal_of_bits,
+    add_laplace_noise,
+    add_noise,
+    allocate_stddevs,
+    standard_laplace,
+    standard_normal,
+)
 from pallas_kernels import counter_normal
 
 SIZE = 20_000
@@ -132,3 +141,82 @@ def test_stacked_layers_are_noised_by_the_std_of_each(key):
     stddevs = jnp.array([1.0, 10.0, 100.0])
     noised = add_noise({"w": jnp.zeros((3, 40, 50))}, stddevs, ((2, 0, 1),), key=key)["w"]
     np.testing.assert_allclose(jnp.std(noised, axis=(1, 2)), [100.0, 1.0, 10.0], rtol=0.1)
+
+
+# Laplace noise, of one number a step.
+
+
+def test_laplace_noise_has_its_law_in_its_body_and_its_tails(key):
+    """KS: accepts the law of scale 1, rejects 2/3 and 3/2 of it and the normal of its std."""
+    draw = np.asarray(standard_laplace(key, (4_000_000,), jnp.float32))
+    assert stats.kstest(draw, stats.laplace.cdf).pvalue > 1e-3
+    for other in (stats.laplace(0, 2 / 3), stats.laplace(0, 3 / 2), stats.norm(0, np.sqrt(2))):
+        assert stats.kstest(draw[:SIZE], other.cdf).pvalue < 1e-6
+    for threshold in (5.0, 8.0, 11.0):
+        expected = len(draw) * 2 * stats.laplace.sf(threshold)
+        assert abs(np.sum(np.abs(draw) > threshold) - expected) < 5 * np.sqrt(expected)
+    assert abs(np.mean(draw > 0) - 0.5) < 5 * 0.5 / np.sqrt(len(draw))
+    # The sign tells nothing of the magnitude.
+    assert stats.ks_2samp(draw[draw > 0], -draw[draw < 0]).pvalue > 1e-3
+
+
+def words_of(tail):
+    """The random words whose U is nearest to `tail`; U and 1 - U in float64."""
+    integer = int(tail * 2**63)
+    return *divmod(integer, 2**32), (integer + 0.5) * 2.0**-63, (2**63 - integer - 0.5) * 2.0**-63
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("tail", [0.0, 1e-18, 1e-12, 1e-6, 1e-3, 0.3, 0.4999, 0.5, 0.51, 0.9, 1 - 1e-4, 1 - 1e-9])
+def test_laplace_magnitudes_are_minus_the_log_of_their_tail(tail, dtype):
+    """To a few units in the last place, from 1e-9 scales to the end at 44.4, for either sign."""
+    high, low, exact, body = words_of(tail)
+    with jax.enable_x64(dtype == "float64"):
+        words = jnp.array([[high << 1, (high << 1) | 1], [low, low]], jnp.uint32)
+        below, above = np.asarray(_laplace_of_bits(*words, jnp.dtype(dtype)))
+    expected = -np.log1p(-body) if tail > 0.5 else -np.log(exact)
+    assert above == pytest.approx(expected, rel=5e-7 if dtype == "float32" else 1e-9)
+    assert below == -above
+
+
+def test_the_ends_of_the_laplace_noise():
+    """All bits are used: the largest magnitude is 64 log 2, and the smallest is not zero."""
+    ends = [(0, 0), (2**32 - 1, 2**32 - 1)]
+    largest, smallest = np.asarray(_laplace_of_bits(*jnp.array(ends, jnp.uint32).T, jnp.float32))
+    assert -largest == pytest.approx(64 * np.log(2), rel=1e-6)
+    assert 0 < smallest < 1e-18
+
+
+# By the published cipher in integers, key (0, 7), counters 0 to 3, and logarithms of 50 digits.
+LAPLACE_OF_KEY_7 = [0.16947608038088743, 3.0919660071940513, 1.4917232099317626, -2.742865192243506]
+
+
+def test_laplace_noise_repeats_its_known_answers():
+    draw = standard_laplace(jax.random.key(7, impl="threefry2x32"), (4,), jnp.float32)
+    np.testing.assert_allclose(draw, LAPLACE_OF_KEY_7, rtol=1e-6)
+    with jax.enable_x64(True):
+        wide = standard_laplace(jax.random.key(7, impl="threefry2x32"), (4,), jnp.float64)
+    np.testing.assert_allclose(wide, LAPLACE_OF_KEY_7, rtol=1e-9)
+
+
+def test_laplace_noise_is_added_to_one_number_with_its_scale(key):
+    """The mean absolute value of a Laplace law is its scale."""
+
+    def one(step):
+        return add_laplace_noise({"y": jnp.full(1, 7.0)}, jnp.float32(0.3), key=jax.random.fold_in(key, step))["y"][0]
+
+    draw = np.asarray(jax.vmap(one)(jnp.arange(SIZE))) - 7.0
+    assert stats.kstest(draw, stats.laplace(0, 0.3).cdf).pvalue > 1e-3
+    assert np.mean(np.abs(draw)) == pytest.approx(0.3, rel=5 / np.sqrt(SIZE))
+
+
+def test_laplace_noise_is_refused_for_more_numbers_and_in_narrow_ones(key):
+    with pytest.raises(ValueError, match=r"\[\(2,\)\]; use Gaussian noise"):
+        add_laplace_noise(jnp.zeros(2), jnp.float32(1.0), key=key)
+    with pytest.raises(TypeError, match="float32 or wider"):
+        add_laplace_noise(jnp.zeros(1, jnp.bfloat16), jnp.float32(1.0), key=key)
+
+
+def test_keys_of_other_generators_draw_laplace_noise_too():
+    draw = standard_laplace(jax.random.key(1, impl="rbg"), (SIZE,), jnp.float32)
+    assert stats.kstest(np.asarray(draw), stats.laplace.cdf).pvalue > 1e-3

@@ -2,11 +2,14 @@
 
 from jaxdp.accounting.accountants import (
     AccountantName as AccountantName,
+    accountant_in_words as accountant_in_words,
     epsilon as epsilon,
     format_epsilon as format_epsilon,
 )
 from jaxdp.accounting.calibration import calibrate_noise_multiplier as calibrate_noise_multiplier
+from jaxdp.accounting.padding import default_padded_batch_size as default_padded_batch_size
 from jaxdp.accounting.releases import (
-    SampledGaussian as SampledGaussian,
+    NoiseName as NoiseName,
+    SampledRelease as SampledRelease,
     smallest_padded_batch_size as smallest_padded_batch_size,
 )

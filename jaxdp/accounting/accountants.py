@@ -1,7 +1,8 @@
 """Epsilon by two accountants of `dp_accounting`: `"pld"` (privacy loss distributions, tight) and `"rdp"` (Renyi, looser).
 
-They differ in how truncated sampling is charged: PLD has an event for it (arXiv 2508.15089); RDP has none, so the total
-variation distance to untruncated sampling is charged to delta.
+They differ in how truncated sampling is charged: PLD has an event for it with Gaussian noise (arXiv 2508.15089). RDP has none, nor
+has PLD with Laplace noise: there the total variation distance to untruncated sampling is charged to delta. A run of Laplace noise
+alone also has a pure epsilon, which holds at every delta: `laplace` has its proof.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeAlias
 
 import absl.logging
@@ -18,7 +19,8 @@ import numpy as np
 from dp_accounting import NeighboringRelation, rdp
 from dp_accounting.pld import privacy_loss_distribution as losses
 
-from jaxdp.accounting.releases import SampledGaussian
+from jaxdp.accounting import laplace
+from jaxdp.accounting.releases import SampledRelease
 
 AccountantName: TypeAlias = Literal["pld", "rdp"]
 
@@ -30,7 +32,7 @@ _RDP_ORDERS: Any = rdp.RdpAccountant().orders
 
 
 def epsilon(
-    releases: Sequence[SampledGaussian],
+    releases: Sequence[SampledRelease],
     delta: float,
     *,
     neighboring_relation: NeighboringRelation,
@@ -38,10 +40,20 @@ def epsilon(
 ) -> float:
     """Returns the epsilon at `delta` of all `releases` together; infinite if any of them is un-noised.
 
+    At delta = 0, which only Laplace noise allows, it is the sum of the pure epsilons of the steps: basic composition.
+
     Raises:
-        ValueError: RDP was asked for REPLACE_ONE, or PLD for a delta below 1e-14.
+        ValueError: RDP was asked for REPLACE_ONE or for Laplace noise; PLD for a delta below 1e-14, or either for delta = 0, where
+            there is Gaussian noise.
     """
-    if accountant == "pld" and delta < _SMALLEST_PLD_DELTA:
+    kept = tuple(release for release in releases if release.num_steps > 0)
+    is_pure = all(release.noise == "laplace" for release in releases)
+    if delta == 0 and not is_pure:
+        raise ValueError(
+            "delta=0 asks for pure differential privacy, which Gaussian noise never has; use a delta such as 1e-5, or "
+            "noise='laplace' from the start."
+        )
+    if accountant == "pld" and delta < _SMALLEST_PLD_DELTA and not is_pure:
         raise ValueError(
             f"delta={delta:g} is below {_SMALLEST_PLD_DELTA:g}, the least that the PLD accountant resolves; use a larger delta, or "
             "accountant='rdp'."
@@ -49,12 +61,23 @@ def epsilon(
     if accountant == "rdp" and neighboring_relation == NeighboringRelation.REPLACE_ONE:
         # RDP refuses Poisson sampling under it; without sampling it would answer for half the sensitivity (S11).
         raise ValueError("the RDP accountant has no sound answer under REPLACE_ONE; use accountant='pld'.")
-    kept = tuple(release for release in releases if release.num_steps > 0)
+    if accountant == "rdp" and any(release.noise == "laplace" for release in kept):
+        raise ValueError("the RDP accountant has no answer for sampled Laplace noise; use accountant='pld'.")
     if not kept:
         return 0.0
     if any(release.noise_multiplier == 0 for release in kept):
         return math.inf
-    return (_epsilon_pld if accountant == "pld" else _epsilon_rdp)(kept, delta, neighboring_relation)
+    if accountant == "rdp":
+        return _epsilon_rdp(kept, delta, neighboring_relation)
+    if not is_pure:
+        return _epsilon_pld(kept, delta, neighboring_relation)
+    pure = sum(laplace.pure_epsilon(release, neighboring_relation) for release in kept)
+    return pure if delta == 0 else min(pure, _epsilon_pld(kept, delta, neighboring_relation))
+
+
+def accountant_in_words(accountant: AccountantName, delta: float | None) -> str:
+    """How an epsilon at `delta` was composed."""
+    return "basic composition" if delta == 0 else f"{accountant.upper()} accountant"
 
 
 def format_epsilon(value: float) -> str:
@@ -66,12 +89,17 @@ def format_epsilon(value: float) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def _epsilon_pld(releases: tuple[SampledGaussian, ...], delta: float, relation: NeighboringRelation) -> float:
+def _epsilon_pld(releases: tuple[SampledRelease, ...], delta: float, relation: NeighboringRelation) -> float:
     grid = min(map(_pld_grid, releases))
     total = losses.identity(value_discretization_interval=grid)
     for release in releases:
-        total = total.compose(_pld_loss(release.dp_event(), grid, relation))
-    return float(total.get_epsilon_for_delta(delta))
+        if release.noise == "laplace":
+            loss = laplace.loss_of_one_step(release, grid, relation).self_compose(release.num_steps)
+        else:
+            loss = _pld_loss(release.dp_event(), grid, relation)
+        total = total.compose(loss)
+    uncharged = [release for release in releases if release.noise == "laplace"]
+    return _with_overflow_charged(lambda d: float(total.get_epsilon_for_delta(d)), delta, uncharged)
 
 
 def _pld_loss(
@@ -104,13 +132,16 @@ def _pld_loss_of_one_step(
     return losses.from_gaussian_mechanism(event.noise_multiplier, **settings)
 
 
-def _pld_grid(release: SampledGaussian) -> float:
+def _pld_grid(release: SampledRelease) -> float:
     """The discretization of the privacy loss. Losses are rounded up, so any grid is sound; this one is also tight.
 
     The privacy loss of one step has a spread of about q sqrt(exp(1/sigma^2) - 1). A grid of 0.3 spreads costs less than 1% of
     epsilon, one of 1.6 spreads 20% (measured over 10^5 steps). From the other side, the loss of a very quiet noise, up to
     1 / (2 sigma^2) + 10 / sigma, is cut into 200,000 pieces at most, so that memory stays bounded.
     """
+    if release.noise == "laplace":
+        spread, range_of_loss = laplace.spread_of_loss(release)
+        return max(min(_PLD_GRID, 0.3 * spread), range_of_loss / 200_000)
     sigma = release.noise_multiplier
     spread = release.sampling_prob * math.sqrt(math.expm1(min(sigma**-2, 700.0)))
     range_of_loss = 0.5 * sigma**-2 + 10 / sigma
@@ -118,24 +149,35 @@ def _pld_grid(release: SampledGaussian) -> float:
 
 
 @functools.lru_cache(maxsize=4096)
-def _epsilon_rdp(releases: tuple[SampledGaussian, ...], delta: float, relation: NeighboringRelation) -> float:
+def _epsilon_rdp(releases: tuple[SampledRelease, ...], delta: float, relation: NeighboringRelation) -> float:
     with _quiet():
         events = [release.untruncated_dp_event() for release in releases]
         total: Any = sum(event.count * _rdp_of_one_step(event.event, relation) for event in events)
-        # Truncated and untruncated runs differ with probability at most eta on each of two neighbors, so
-        # P[M(D) in S] <= e^eps (P[M(D') in S] + eta) + delta' + eta: (eps, delta' + (1 + e^eps) eta)-DP.
-        eta = sum(math.exp(release.log_overflow_prob()) for release in releases)
-        guess = float(rdp.compute_epsilon(_RDP_ORDERS, total, delta)[0])
-        for _ in range(50):
-            if eta > 0 and guess > 700:
-                return math.inf
-            charge = (1 + math.exp(min(guess, 700.0))) * eta
-            if charge >= delta:
-                return math.inf
-            exact = float(rdp.compute_epsilon(_RDP_ORDERS, total, delta - charge)[0])
-            if exact <= guess:
-                return guess
-            guess = exact * (1 + 1e-9)
+        return _with_overflow_charged(lambda d: float(rdp.compute_epsilon(_RDP_ORDERS, total, d)[0]), delta, releases)
+
+
+def _with_overflow_charged(
+    epsilon_at: Callable[[float], float], delta: float, releases: Sequence[SampledRelease]
+) -> float:
+    """The epsilon at `delta` of runs that truncate, from `epsilon_at(delta)` of the same runs without truncation.
+
+    Truncated and untruncated runs differ with probability at most eta on each of two neighbors, so
+    P[M(D) in S] <= e^eps (P[M(D') in S] + eta) + delta' + eta: (eps, delta' + (1 + e^eps) eta)-DP.
+    """
+    eta = sum(math.exp(release.log_overflow_prob()) for release in releases)
+    guess = epsilon_at(delta)
+    if eta == 0:
+        return guess
+    for _ in range(50):
+        if guess > 700:
+            return math.inf
+        charge = (1 + math.exp(guess)) * eta
+        if charge >= delta:
+            return math.inf
+        exact = epsilon_at(delta - charge)
+        if exact <= guess:
+            return guess
+        guess = exact * (1 + 1e-9)
     return math.inf
 
 

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dp_accounting import NeighboringRelation
 from scipy import optimize, stats
 
+from jaxdp.accounting import laplace
 from jaxdp.accounting.accountants import AccountantName, epsilon
-from jaxdp.accounting.releases import SampledGaussian
+from jaxdp.accounting.releases import NoiseName, SampledRelease
 
 _SMALLEST, _LARGEST = math.log(1e-2), math.log(1e6)
 
@@ -18,6 +19,7 @@ def calibrate_noise_multiplier(
     target_epsilon: float,
     target_delta: float,
     *,
+    noise: NoiseName,
     num_examples: int,
     sampling_prob: float,
     padded_batch_size: int,
@@ -27,20 +29,25 @@ def calibrate_noise_multiplier(
 ) -> float:
     """Returns the smallest noise multiplier, to 5 digits, whose `num_steps` cost at most `target_epsilon` at `target_delta`.
 
+    A `target_delta` of 0 is a pure goal, for Laplace noise.
+
     Raises:
         ValueError: no noise multiplier in [1e-2, 1e6] reaches the target, or truncation alone exceeds it.
     """
 
     def excess_with(padded: int) -> Callable[[float], float]:
         def excess(log_sigma: float) -> float:
-            release = SampledGaussian(num_examples, sampling_prob, padded, math.exp(log_sigma), num_steps)
+            release = SampledRelease(noise, num_examples, sampling_prob, padded, math.exp(log_sigma), num_steps)
             value = epsilon([release], target_delta, neighboring_relation=neighboring_relation, accountant=accountant)
             return min(value, 1e6) - target_epsilon
 
         return excess
 
     # The truncated event takes several times longer and is close to the untruncated one: solve that first.
-    if num_steps * sampling_prob < target_delta:
+    if target_delta == 0:
+        b = laplace.noise_multiplier_for(target_epsilon, sampling_prob=sampling_prob, num_steps=num_steps)
+        guess = math.log(b)
+    elif num_steps * sampling_prob < target_delta:
         guess = _SMALLEST  # the differing record enters no batch but with a probability that delta covers: any noise will do
     else:
         guess = _clt_log_noise_multiplier(target_epsilon, target_delta, sampling_prob, num_steps)

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import NamedTuple
+from typing import Literal, TypeAlias
 
 import dp_accounting
 from scipy import stats
 
+NoiseName: TypeAlias = Literal["gaussian", "laplace"]
 
-class SampledGaussian(NamedTuple):
-    """Some identical steps of the one mechanism: truncated Poisson sampling, then a Gaussian.
+
+@dataclasses.dataclass(frozen=True)
+class SampledRelease:
+    """Some identical steps of the one mechanism: truncated Poisson sampling, then noise on the sum.
 
     Attributes:
+        noise: The law of the noise. Laplace noise is on one number, whose L1 and L2 sensitivity are the same.
         num_examples: N, the size of the data set.
         sampling_prob: q, the probability of each example to enter a batch, independently.
         padded_batch_size: Larger draws are truncated to a uniformly random subset of this size; N for no truncation.
-        noise_multiplier: sigma, the noise std over the L2 clip norm.
+        noise_multiplier: The noise std sigma of a Gaussian, the scale b of a Laplace law, over the clip norm.
         num_steps: How many steps.
     """
 
+    noise: NoiseName
     num_examples: int
     sampling_prob: float
     padded_batch_size: int
@@ -32,9 +38,18 @@ class SampledGaussian(NamedTuple):
         return self.padded_batch_size < self.num_examples
 
     def dp_event(self) -> dp_accounting.SelfComposedDpEvent:
-        """The event under PLD; it charges for truncation (arXiv 2508.15089)."""
+        """The event under PLD; it charges for truncation (arXiv 2508.15089).
+
+        Raises:
+            ValueError: batches are truncated and the noise is Laplace, for which `dp_accounting` has no event.
+        """
         if not self.truncates:
             return self.untruncated_dp_event()
+        if self.noise == "laplace":
+            raise ValueError(
+                "dp_accounting has no event for truncated sampling with Laplace noise, and one without truncation would charge too "
+                f"little; ask epsilon(), which charges for it, or plan with padded_batch_size={self.num_examples}."
+            )
         # The event counts the record that differs among its `dataset_size`: a neighbor may have one more than we do.
         event = dp_accounting.TruncatedSubsampledGaussianDpEvent(
             self.num_examples + 1, self.sampling_prob, self.padded_batch_size, self.noise_multiplier
@@ -42,8 +57,9 @@ class SampledGaussian(NamedTuple):
         return dp_accounting.SelfComposedDpEvent(event, self.num_steps)
 
     def untruncated_dp_event(self) -> dp_accounting.SelfComposedDpEvent:
-        """The event of plain Poisson sampling, the only one that RDP takes."""
-        event = dp_accounting.GaussianDpEvent(self.noise_multiplier)
+        """The event of plain Poisson sampling."""
+        kind = dp_accounting.GaussianDpEvent if self.noise == "gaussian" else dp_accounting.LaplaceDpEvent
+        event = kind(self.noise_multiplier)
         if self.sampling_prob < 1:
             event = dp_accounting.PoissonSampledDpEvent(self.sampling_prob, event)
         return dp_accounting.SelfComposedDpEvent(event, self.num_steps)

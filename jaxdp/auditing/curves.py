@@ -42,20 +42,26 @@ def pair_curve(epsilons: np.ndarray, deltas: np.ndarray) -> Curve:
 
 
 def plan_curve(plan: PrivacyPlan) -> Curve:
-    """Of all steps of `plan`: that of a Gaussian without sampling, and else of the privacy loss distribution of its steps.
+    """Of all steps of `plan`: that of a Gaussian without sampling; else, and of Laplace noise, of the privacy loss of its steps.
 
     The distribution rounds delta up, finitely many pairs permit more than the whole curve, and truncation is charged for by the
     probability that it happens at all: a rejection stays valid.
     """
-    if plan.sampling_prob == 1:
+    if plan.noise == "laplace":  # the same for adding a record and for replacing it by one that contributes nothing
+        one_step = privacy_loss_distribution.from_laplace_mechanism(
+            plan.noise_multiplier, sampling_prob=plan.sampling_prob, value_discretization_interval=_LOSS_GRID
+        )
+    elif plan.sampling_prob == 1:
         return gaussian_curve(math.sqrt(plan.num_steps) / plan.noise_multiplier)
-    losses = privacy_loss_distribution.from_gaussian_mechanism(
-        plan.noise_multiplier,
-        sampling_prob=plan.sampling_prob,
-        value_discretization_interval=_LOSS_GRID,
-        # A canary that does not take part stays in the data set as a record that contributes nothing.
-        neighboring_relation=NeighboringRelation.REPLACE_SPECIAL,
-    ).self_compose(plan.num_steps)
+    else:
+        one_step = privacy_loss_distribution.from_gaussian_mechanism(
+            plan.noise_multiplier,
+            sampling_prob=plan.sampling_prob,
+            value_discretization_interval=_LOSS_GRID,
+            # A canary that does not take part stays in the data set as a record that contributes nothing.
+            neighboring_relation=NeighboringRelation.REPLACE_SPECIAL,
+        )
+    losses = one_step.self_compose(plan.num_steps)
     overflow = math.exp(plan.release(plan.num_steps).log_overflow_prob())
     return pair_curve(_EPSILONS, losses.get_delta_for_epsilon(list(_EPSILONS)) + (1 + np.exp(_EPSILONS)) * overflow)
 
@@ -66,9 +72,14 @@ def with_noise(plan: PrivacyPlan, noise_multiplier: float) -> PrivacyPlan:
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
-    """The epsilon of mu-GDP at `delta`: the root of delta = Phi(mu / 2 - eps / mu) - e^eps Phi(-mu / 2 - eps / mu)."""
+    """The epsilon of mu-GDP at `delta`: the root of delta = Phi(mu / 2 - eps / mu) - e^eps Phi(-mu / 2 - eps / mu).
+
+    At delta = 0 it is infinite: a Gaussian has no pure epsilon.
+    """
     if mu <= 0 or math.isinf(mu):
         return max(0.0, mu)
+    if delta == 0:
+        return math.inf
 
     def excess(epsilon: float) -> float:
         first = special.ndtr(mu / 2 - epsilon / mu)

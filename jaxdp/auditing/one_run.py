@@ -41,7 +41,8 @@ class AuditReport:
             mechanism would be with more noise, up to the noise at which its epsilon is this. It decides `passed`.
         pair_lower_bound: By the pair alone (arXiv 2305.08846): the run is not (epsilon, delta)-DP for any epsilon below this. It
             presumes nothing about the mechanism, and so it is lower.
-        epsilon_estimate: An estimate and not a bound: epsilon if the scores were normal, by their separation.
+        epsilon_estimate: An estimate and not a bound: epsilon if the scores were normal, by their separation; infinite at delta
+            = 0, where a normal law has none.
     """
 
     claimed_epsilon: float

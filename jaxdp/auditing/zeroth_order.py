@@ -109,7 +109,8 @@ def _estimate(sums: np.ndarray, signs: np.ndarray, plan: PrivacyPlan, K: int) ->
     m, q, C = signs.shape[1], plan.sampling_prob, plan.clipping.total_l2_clip_norm
     scale = q * C / np.sqrt(K)
     centered = sums - scale / 2 * signs.sum(axis=1, dtype=np.float64)
-    variance = (plan.noise_multiplier * C) ** 2 + m / 2 * q * (1 - q) * C**2 / K
+    noise = (plan.noise_multiplier * C) ** 2 if plan.noise == "gaussian" else 2 * (plan.noise_multiplier * C) ** 2
+    variance = noise + m / 2 * q * (1 - q) * C**2 / K
     gram = (signs.T @ signs).astype(np.float64)  # of integers below 2^24: exact in float32
     # Without noise the ridge only keeps the equations solvable.
     ridge = max(4 * variance / scale**2, 1e-6 * len(sums))

@@ -20,8 +20,9 @@ import tyro
 
 import jaxdp
 from jaxdp import NeighboringRelation, _validate
-from jaxdp.accounting import AccountantName, format_epsilon
+from jaxdp.accounting import AccountantName, NoiseName, format_epsilon
 from jaxdp.cli import options
+from jaxdp.mechanism import check_delta
 
 ACCOUNTANTS: tuple[AccountantName, ...] = ("pld", "rdp")
 PLOT_FORMATS = (".png", ".pdf", ".svg")
@@ -31,19 +32,21 @@ PLOT_FORMATS = (".png", ".pdf", ".svg")
 class Account:
     """Prices a private run before it is run: epsilon for a noise multiplier, or the noise multiplier for an epsilon.
 
-    Exact (PLD) and Renyi (RDP) accounting side by side, for steps of Poisson sampling and Gaussian noise.
+    Exact (PLD) and Renyi (RDP) accounting side by side, for steps of Poisson sampling and Gaussian noise, or Laplace noise on one
+    number a step, which has a pure epsilon: --delta 0.
 
       jaxdp account --num-examples 60000 --expected-batch-size 256 --num-steps 1000 --delta 1e-5 --noise-multiplier 0.8 1 2
       jaxdp account --num-examples 60000 --expected-batch-size 256 --epochs 10 --delta 1e-5 --target-epsilon 1 3 8
       jaxdp account --num-examples 1000 --sampling-prob 0.05 --num-steps 500 --delta 1e-6 --target-epsilon 2 --json
+      jaxdp account --num-examples 1000 --sampling-prob 0.05 --num-steps 500 --delta 0 --noise laplace --target-epsilon 8
     """
 
     num_examples: int
     """Size of the training set."""
     delta: float
-    """The delta of every epsilon; well below 1 / number of examples."""
+    """The delta of every epsilon; well below 1 / number of examples. 0 for pure epsilons of Laplace noise."""
     noise_multiplier: Annotated[tuple[float, ...], options.hint("or --target-epsilon", "SIGMA [SIGMA ...]")] = ()
-    """Noise std over clip norm, one or several: prints their epsilon."""
+    """Noise std over clip norm, of Laplace noise its scale over clip norm, one or several: prints their epsilon."""
     target_epsilon: Annotated[tuple[float, ...], options.hint("or --noise-multiplier", "EPSILON [EPSILON ...]")] = ()
     """Privacy goals, one or several: prints the noise multipliers that reach them."""
     expected_batch_size: Annotated[float | None, options.hint("or --sampling-prob", "FLOAT")] = None
@@ -54,6 +57,8 @@ class Account:
     """Number of steps."""
     epochs: Annotated[float | None, options.hint("or --num-steps", "FLOAT")] = None
     """Expected passes over the data, rounded up to whole steps."""
+    noise: NoiseName = "gaussian"
+    """The law of the noise. laplace: of private zeroth-order steps along one direction."""
     neighboring_relation: options.RelationName = "add-or-remove-one"
     """Which data sets the guarantee makes hard to tell apart."""
     padded_batch_size: Annotated[
@@ -93,7 +98,9 @@ def run(config: Account) -> None:
         warnings.simplefilter("always", UserWarning)
         config = _resolved(config)
         bases: dict[AccountantName, jaxdp.PrivacyPlan] = {
-            name: _plan(config, name, noise_multiplier=1.0) for name in ACCOUNTANTS if _supports(config, name)
+            name: _plan(config, name, noise_multiplier=1.0)
+            for name in ACCOUNTANTS
+            if _unsupported(config, name) is None
         }
         if config.plot is not None:
             _check_plot(config, config.plot)
@@ -101,6 +108,9 @@ def run(config: Account) -> None:
         with status:
             rows = [_epsilon_row(config, value) for value in config.noise_multiplier]
             rows += [_goal_row(config, value) for value in config.target_epsilon]
+            if config.noise == "laplace":  # padding follows the noise: that of the loudest question
+                loudest = min(row.noise_multiplier["pld"] or 0.0 for row in rows)
+                bases["pld"] = _plan(config, "pld", noise_multiplier=loudest)
         messages = list(dict.fromkeys(str(warning.message) for warning in caught))
         for message in messages:
             print(f"warning: {message}", file=sys.stderr)
@@ -131,7 +141,7 @@ def _resolved(config: Account) -> Account:
             "give either --num-steps or --epochs: epsilon grows with the length of the run; "
             f"got {config.num_steps} and {config.epochs}."
         )
-    _validate.probability("delta", config.delta, allow_one=False)
+    check_delta("delta", config.delta, noise=config.noise)
     one_step = _plan(dataclasses.replace(config, num_steps=1), "pld", noise_multiplier=1.0)
     num_steps = config.num_steps
     if num_steps is None:
@@ -162,17 +172,20 @@ def _plan(config: Account, accountant: AccountantName, **goal: float) -> jaxdp.P
         neighboring_relation=options.relation(config.neighboring_relation),
         padded_batch_size=config.padded_batch_size,
         accountant=accountant,
+        noise=config.noise,
         **goal,
     )
 
 
-def _supports(config: Account, accountant: AccountantName) -> bool:
-    return not (
-        accountant == "rdp" and options.relation(config.neighboring_relation) is NeighboringRelation.REPLACE_ONE
-    )  # S11
+def _unsupported(config: Account, accountant: AccountantName) -> str | None:
+    """Why an accountant has no answer, if it has none."""
+    if accountant == "rdp" and config.noise == "laplace":
+        return "unsupported with Poisson sampling and Laplace noise"
+    if accountant == "rdp" and options.relation(config.neighboring_relation) is NeighboringRelation.REPLACE_ONE:  # S11
+        return "unsupported with Poisson sampling under REPLACE_ONE"
+    return None
 
 
-_UNSUPPORTED = "unsupported with Poisson sampling under REPLACE_ONE"
 _UNREACHABLE = "unreachable: "
 
 
@@ -180,8 +193,8 @@ def _epsilon_row(config: Account, noise_multiplier: float) -> Row:
     epsilon: dict[AccountantName, float | None] = {}
     notes: dict[AccountantName, str] = {}
     for name in ACCOUNTANTS:
-        if not _supports(config, name):
-            epsilon[name], notes[name] = None, _UNSUPPORTED
+        if (reason := _unsupported(config, name)) is not None:
+            epsilon[name], notes[name] = None, reason
             continue
         value = epsilon[name] = _plan(config, name, noise_multiplier=noise_multiplier).epsilon()
         if math.isinf(value) and noise_multiplier == 0:
@@ -195,8 +208,8 @@ def _goal_row(config: Account, target_epsilon: float) -> Row:
     plans: dict[AccountantName, jaxdp.PrivacyPlan | None] = dict.fromkeys(ACCOUNTANTS)
     notes: dict[AccountantName, str] = {}
     for name in ACCOUNTANTS:
-        if not _supports(config, name):
-            notes[name] = _UNSUPPORTED
+        if (reason := _unsupported(config, name)) is not None:
+            notes[name] = reason
             continue
         try:
             plans[name] = _plan(config, name, target_epsilon=target_epsilon)
@@ -229,6 +242,7 @@ def _as_json(
         "num_steps": config.num_steps,
         "epochs": config.epochs,
         "delta": config.delta,
+        "noise": config.noise,
         "neighboring_relation": options.relation(config.neighboring_relation).name,
         "target_epsilon": list(config.target_epsilon),
         "noise_multiplier": list(config.noise_multiplier),
@@ -264,6 +278,11 @@ def _print_table(config: Account, bases: dict[AccountantName, jaxdp.PrivacyPlan]
         f"{config.num_examples} examples, each in a batch with probability {config.sampling_prob:.6g} (expected batch size "
         f"{config.expected_batch_size:.6g}), {config.num_steps} steps ({config.epochs:.4g} epochs)",
         f"delta {config.delta:g}, neighboring relation {options.relation(config.neighboring_relation).name}",
+        *(
+            ["Laplace noise on one number a step, of scale noise multiplier times clip norm"]
+            * (config.noise == "laplace")
+        ),
+        *(["PLD at delta 0 is basic composition of the pure epsilons of the steps"] * (config.delta == 0)),
         table,
         f"Batches padded to {padding}{'; larger draws are truncated, which is charged for' if truncated else ''}.",
         "Every epsilon is rounded up." if config.noise_multiplier else "Every noise multiplier is rounded up.",

@@ -15,7 +15,7 @@ from dp_accounting import NeighboringRelation
 
 from jaxdp import accounting
 from jaxdp._files import write_whole
-from jaxdp.accounting import SampledGaussian, format_epsilon
+from jaxdp.accounting import SampledRelease, accountant_in_words, format_epsilon
 from jaxdp.cli import run_trajectory
 from jaxdp.cli.options import hint
 from jaxdp.zeroth_order import Trajectory, read_trajectory
@@ -65,7 +65,8 @@ def statement(trajectory: Trajectory) -> str:
         )
     epsilon = accounting.epsilon(
         [
-            SampledGaussian(
+            SampledRelease(
+                noise=privacy["noise"],
                 num_examples=privacy["num_examples"],
                 sampling_prob=privacy["sampling_prob"],
                 padded_batch_size=privacy["padded_batch_size"],
@@ -79,5 +80,5 @@ def statement(trajectory: Trajectory) -> str:
     )
     return (
         f"epsilon {format_epsilon(epsilon)} at delta {privacy['target_delta']:.3g} ({privacy['neighboring_relation']}, "
-        f"{privacy['accountant'].upper()} accountant), for the trajectory and every model made from it"
+        f"{accountant_in_words(privacy['accountant'], privacy['target_delta'])}), for the trajectory and every model made from it"
     )

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, TypeAlias
 
 import tyro
 
-from jaxdp.accounting import AccountantName
+from jaxdp.accounting import AccountantName, NoiseName
 from jaxdp.cli import options
 from jaxdp.cli.optimizers import ScheduleName
 from jaxdp.cli.options import Flag, hint
@@ -90,9 +90,11 @@ class PrivacyOptions:
     target_epsilon: Annotated[float | None, hint("default: 3, unless --noise-multiplier is given")] = None
     """The privacy goal."""
     target_delta: Annotated[float | None, hint("default: 1 / n^1.1 for n units")] = None
-    """The delta of the goal; well below 1 / number of units."""
+    """The delta of the goal; well below 1 / number of units. 0 is a pure epsilon, with --noise laplace."""
     noise_multiplier: Annotated[float | None, hint("default: calibrated to the goal")] = None
-    """Noise std over clip norm, instead of a goal."""
+    """Noise std over clip norm, instead of a goal; with --noise laplace its scale over clip norm."""
+    noise: NoiseName = "gaussian"
+    """The law of the noise. laplace: of dpzero with one direction a step (DP-ZO, arXiv 2401.04343); its epsilon may be pure."""
     no_privacy: Flag[bool] = False
     """The baseline: the same run without clipping and noise."""
     expected_batch_size: Annotated[float | None, hint("default: 64")] = None

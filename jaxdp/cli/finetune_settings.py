@@ -43,6 +43,7 @@ def make_plan(config: Finetune, num_units: int, *, stacked: tuple[str, ...] = ()
         l2_clip_norm=_l2_clip_norm(config),
         target_delta=num_units**-1.1 if privacy.target_delta is None else privacy.target_delta,
         stacked=stacked,
+        noise=privacy.noise,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxdp.accounting import format_epsilon
+from jaxdp.accounting import accountant_in_words, format_epsilon
 
 _LIMITS = """\
 - The statement is about the fine-tuning data alone. What the base model learned before is not covered, nor is anything that
@@ -14,6 +14,8 @@ _LIMITS = """\
 - Records of one person in several privacy units are protected one by one, not together.
 - A small epsilon bounds what the model can tell about any one unit. It is no promise that the text it writes is true,
   harmless or free of what many units have in common."""
+
+_MULTIPLIER_IN_WORDS = {"gaussian": "standard deviation", "laplace": "scale"}
 
 
 def model_card(report: dict[str, Any]) -> str:
@@ -34,7 +36,10 @@ def model_card(report: dict[str, Any]) -> str:
 def _headline(report: dict[str, Any]) -> str:
     if report["epsilon"] is None:
         return "**This model is not differentially private.** Publish it only if its training data may be published."
-    return f"**({format_epsilon(report['epsilon'])}, {report['delta']:.3g})-differentially private** for each privacy unit below."
+    epsilon = format_epsilon(report["epsilon"])
+    if report["delta"] == 0:
+        return f"**{epsilon}-differentially private, purely (delta = 0)**, for each privacy unit below."
+    return f"**({epsilon}, {report['delta']:.3g})-differentially private** for each privacy unit below."
 
 
 def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
@@ -42,9 +47,13 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("epsilon", "infinite" if report["epsilon"] is None else format_epsilon(report["epsilon"])),
         ("delta", f"{report['delta']:.3g}"),
         ("neighboring relation", report["neighboring_relation"]),
-        ("accountant", report["accountant"].upper()),
+        ("accountant", accountant_in_words(report["accountant"], report["delta"]).removesuffix(" accountant")),
         ("sampler", f"{report['sampler']}, probability {report['sampling_prob']:.6g}"),
-        ("noise multiplier", f"{report['noise_multiplier']:.6g}"),
+        ("noise", report["noise"].capitalize()),
+        (
+            "noise multiplier",
+            f"{report['noise_multiplier']:.6g} ({_MULTIPLIER_IN_WORDS[report['noise']]} over clip norm)",
+        ),
         ("clipping", report["clipping"]),
         ("steps", str(report["num_steps"])),
         ("privacy units", str(report["num_examples"])),

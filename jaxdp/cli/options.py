@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import tyro
 from dp_accounting import NeighboringRelation
 
-from jaxdp.accounting import AccountantName
+from jaxdp.accounting import AccountantName, NoiseName
 from jaxdp.clipping import ClippingPolicy, automatic, flat, per_layer, quantile
 from jaxdp.clipping.policies import NoiseAllocation
 from jaxdp.mechanism import PrivacyPlan, plan
@@ -50,6 +50,7 @@ def make_plan(
     l2_clip_norm: float,
     target_delta: float,
     stacked: tuple[str, ...] = (),
+    noise: NoiseName = "gaussian",
 ) -> PrivacyPlan:
     """The plan that the options describe, with the numbers whose defaults differ between subcommands.
 
@@ -66,6 +67,7 @@ def make_plan(
         neighboring_relation=relation(options.neighboring_relation),
         padded_batch_size=options.padded_batch_size,
         accountant=options.accountant,
+        noise=noise,
         **privacy_goal(options),
     )
 

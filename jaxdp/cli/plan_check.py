@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxdp.accounting import format_epsilon
+from jaxdp.accounting import accountant_in_words, format_epsilon
 from jaxdp.cli import meters
 from jaxdp.mechanism import PrivacyPlan
 
@@ -45,12 +45,14 @@ class PlanCheck:
         epsilon = plan.epsilon() if plan.noise_multiplier > 0 else math.inf
         cost = "none: this run is not private" if math.isinf(epsilon) else f"{format_epsilon(epsilon)}"
         if plan.target_delta is not None and not math.isinf(epsilon):
-            cost += f" at delta {plan.target_delta:.3g} ({plan.neighboring_relation.name}, {plan.accountant.upper()})"
+            composed = accountant_in_words(plan.accountant, plan.target_delta).removesuffix(" accountant")
+            cost += f" at delta {plan.target_delta:.3g} ({plan.neighboring_relation.name}, {composed})"
+        kind = "" if plan.noise == "gaussian" else f" ({plan.noise.capitalize()} scale over clip norm)"
         room = "" if self.available_bytes is None else f" of {gibibytes(self.available_bytes)} available ({self.meter})"
         return "\n".join(
             [
                 "plan check",
-                f"  epsilon     {cost}; noise multiplier {plan.noise_multiplier:.5g}",
+                f"  epsilon     {cost}; noise multiplier {plan.noise_multiplier:.5g}{kind}",
                 f"  steps       {plan.num_steps}, expected batch size {plan.expected_batch_size:.6g} of {plan.num_examples}, "
                 f"padded to {plan.padded_batch_size}",
                 f"  parameters  {self.num_trainable:,} trainable of {total:,} ({self.num_trainable / total:.2%})",

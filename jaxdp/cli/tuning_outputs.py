@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from jaxdp._files import write_whole
-from jaxdp.accounting import format_epsilon
+from jaxdp.accounting import accountant_in_words, format_epsilon
 from jaxdp.cli import meters, run_folder
 from jaxdp.cli.curve import EpsilonCurve, curve_png
 from jaxdp.cli.model_card import model_card
@@ -62,6 +62,7 @@ def report(
         "neighboring_relation": plan.neighboring_relation.name,
         "accountant": plan.accountant,
         "sampler": "truncated Poisson",
+        "noise": plan.noise,
         "noise_multiplier": plan.noise_multiplier,
         "clipping": str(plan.clipping),
         "sampling_prob": plan.sampling_prob,
@@ -139,7 +140,7 @@ def write(
     else:
         print(
             f"epsilon {format_epsilon(contents['epsilon'])} at delta {contents['delta']:.3g} "
-            f"({contents['neighboring_relation']}, {contents['accountant'].upper()} accountant)"
+            f"({contents['neighboring_relation']}, {accountant_in_words(contents['accountant'], contents['delta'])})"
         )
     print(f"report: {folder / 'report.json'}   released: {', '.join(str(folder / name) for name in written)}")
 

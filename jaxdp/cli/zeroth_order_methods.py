@@ -21,8 +21,8 @@ class _Method:
     is_private: bool = False
 
 
-#: MeZO (arXiv 2305.17333), LOZO (arXiv 2410.07698), FZOO (arXiv 2506.09034), DPZero (arXiv 2310.09639), DP-AggZO (USENIX
-#: Security 2025).
+#: MeZO (arXiv 2305.17333), LOZO (arXiv 2410.07698), FZOO (arXiv 2506.09034), DPZero (arXiv 2310.09639; with --noise laplace it is
+#: DP-ZO, arXiv 2401.04343), DP-AggZO (USENIX Security 2025).
 METHODS: dict[str, _Method] = {
     "mezo": _Method(),
     "lozo": _Method(is_low_rank=True),
@@ -30,6 +30,9 @@ METHODS: dict[str, _Method] = {
     "dpzero": _Method(is_private=True),
     "dp-aggzo": _Method(16, is_private=True),
 }
+
+
+_WITHOUT_LAPLACE = {"dpsgd": "releases whole gradients", "dp-aggzo": "clips many numbers together"}
 
 
 def is_zeroth_order(method: MethodName) -> bool:
@@ -103,6 +106,7 @@ def make_sgd(settings: dict[str, Any], learning_rate: float | Callable[[Any], An
 
 def check(privacy: PrivacyOptions, optimizer: OptimizerOptions, options: ZerothOrderOptions, *, tune: str) -> None:
     """Refuses options that do not belong to the method, before anything is read."""
+    _check_noise(privacy, options)
     if not is_zeroth_order(privacy.method):
         _refuse_for_gradients(options)
         return
@@ -166,6 +170,32 @@ def num_bytes(text: str) -> int:
     except (KeyError, ValueError):
         raise ValueError(f"--max-device-memory {text!r} is not a size; write it as 6GB, 5.5GiB or 800MB.") from None
     return int(found)
+
+
+def _check_noise(privacy: PrivacyOptions, options: ZerothOrderOptions) -> None:
+    """Laplace noise is for the one number of dpzero (DP-ZO, arXiv 2401.04343)."""
+    if privacy.noise == "gaussian":
+        if privacy.target_delta == 0:
+            raise ValueError(
+                "--target-delta 0 is a pure epsilon, which Gaussian noise never has; give a delta such as 1e-5, or --method dpzero "
+                "--noise laplace."
+            )
+        return
+    if privacy.method != "dpzero":
+        raise ValueError(
+            f"--noise laplace is for one number a step, and --method {privacy.method} "
+            f"{_WITHOUT_LAPLACE.get(privacy.method, 'adds no noise')}; use --method dpzero, or leave --noise out."
+        )
+    if options.num_directions not in (None, 1):
+        raise ValueError(
+            f"--num-directions {options.num_directions}: --noise laplace is for one number a step; give 1, or leave --noise out."
+        )
+    if privacy.accountant != "pld":
+        raise ValueError(
+            f"--accountant {privacy.accountant} has no answer for sampled Laplace noise; use pld, or leave it out."
+        )
+    if privacy.no_privacy:
+        raise ValueError("--noise laplace contradicts --no-privacy, which adds none; leave one out.")
 
 
 def _refuse_for_gradients(options: ZerothOrderOptions) -> None:

@@ -17,6 +17,17 @@ def check_plan(plan: Any) -> PrivacyPlan:
     return plan
 
 
+def check_gradient_plan(plan: Any) -> PrivacyPlan:
+    """`check_plan`, for pipelines that release gradients: noise for one number is refused."""
+    if check_plan(plan).noise != "gaussian":
+        raise ValueError(
+            f"the plan has noise={plan.noise!r}, which is for one number a step, and a gradient has one for each parameter: its L1 "
+            "sensitivity is up to the root of their number times the clip norm. Plan with noise='gaussian', or train by "
+            "jaxdp.zeroth_order.make_step with one direction."
+        )
+    return plan
+
+
 def check_batch(plan: PrivacyPlan, batch: Batch, is_padding_example: Any) -> jax.Array:
     """Checks that the batch has the plan's padded shape, and returns the mask as a bool array `[padded_batch_size]`."""
     size = _validate.batch_axis(batch)

@@ -10,8 +10,12 @@ import numpy as np
 from dp_accounting import NeighboringRelation
 
 from jaxdp import _validate, accounting
-from jaxdp.accounting import AccountantName, SampledGaussian
-from jaxdp.mechanism.privacy_plan import PrivacyPlan
+from jaxdp.accounting import AccountantName, SampledRelease
+from jaxdp.mechanism.privacy_plan import PrivacyPlan, check_delta
+
+_NUMBERS = tuple(field.name for field in dataclasses.fields(SampledRelease) if field.name != "noise")
+# The numbers of an entry are leaves of a state; which law the noise had is part of its structure, as no array can hold it.
+jax.tree_util.register_dataclass(SampledRelease, data_fields=[*_NUMBERS], meta_fields=["noise"])
 
 
 @jax.tree_util.register_dataclass
@@ -23,10 +27,10 @@ class Ledger:
     number passes through a float32 array.
 
     Attributes:
-        entries: One `SampledGaussian` for each stretch of steps under one mechanism, oldest first.
+        entries: One `SampledRelease` for each stretch of steps under one mechanism, oldest first.
     """
 
-    entries: tuple[SampledGaussian, ...] = ()
+    entries: tuple[SampledRelease, ...] = ()
 
     @property
     def num_steps(self) -> int:
@@ -61,29 +65,43 @@ class Ledger:
         neighboring_relation: NeighboringRelation,
         accountant: AccountantName = "pld",
     ) -> float:
-        """The epsilon of everything released so far, composed, at `delta`.
+        """The epsilon of everything released so far, composed, at `delta`, which may be 0 if all noise was Laplace.
 
         The theorem behind it covers entries whose noise and sampling were chosen without looking at the data or at earlier
         outputs; a plan changed *because of* what the run showed needs a privacy filter instead (S13).
         """
-        _validate.probability("delta", delta, allow_one=False)
+        may_be_pure = all(entry.noise == "laplace" for entry in self.entries)
+        check_delta("delta", delta, noise="laplace" if may_be_pure else "gaussian")
         _validate.one_of("accountant", accountant, ("pld", "rdp"))
-        releases = [SampledGaussian(**row) for row in self.to_json()]
+        releases = [SampledRelease(**row) for row in self.to_json()]
         return accounting.epsilon(releases, delta, neighboring_relation=neighboring_relation, accountant=accountant)
 
     def to_json(self) -> list[dict[str, Any]]:
-        return [{k: np.asarray(v).item() for k, v in entry._asdict().items()} for entry in self.entries]
+        return [
+            {"noise": entry.noise} | {name: np.asarray(value).item() for name, value in _numbers(entry).items()}
+            for entry in self.entries
+        ]
 
     @staticmethod
     def from_json(rows: list[dict[str, Any]]) -> Ledger:
-        return Ledger(tuple(_as_numpy(SampledGaussian(**row)) for row in rows))
+        return Ledger(tuple(_as_numpy(SampledRelease(**row)) for row in rows))
 
 
-def _as_numpy(release: SampledGaussian) -> Any:
-    return SampledGaussian(*(np.float64(x) if isinstance(x, float) else np.int64(x) for x in release))  # type: ignore[arg-type]
+def _numbers(release: SampledRelease) -> dict[str, Any]:
+    return {name: getattr(release, name) for name in _NUMBERS}
 
 
-def _same_mechanism(entry: SampledGaussian, plan: PrivacyPlan) -> bool:
+def _as_numpy(release: SampledRelease) -> SampledRelease:
+    numbers: dict[str, Any] = {
+        name: np.float64(value) if isinstance(value, float) else np.int64(value)
+        for name, value in _numbers(release).items()
+    }
+    return SampledRelease(release.noise, **numbers)
+
+
+def _same_mechanism(entry: SampledRelease, plan: PrivacyPlan) -> bool:
     # Compared in float32, in case the state passed through it on its way.
-    theirs, ours = entry[:-1], plan.release(0)[:-1]
-    return all(np.float32(a) == np.float32(b) for a, b in zip(theirs, ours, strict=True))
+    theirs, ours = _numbers(entry), _numbers(plan.release(0))
+    return entry.noise == plan.noise and all(
+        np.float32(theirs[name]) == np.float32(ours[name]) for name in _NUMBERS if name != "num_steps"
+    )

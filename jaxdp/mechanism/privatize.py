@@ -10,9 +10,9 @@ import jax.numpy as jnp
 
 from jaxdp import _validate
 from jaxdp._typing import Key
-from jaxdp.clipping import ClippedSum, Groups, Quantile
+from jaxdp.clipping import Automatic, ClippedSum, Flat, Groups, Quantile
 from jaxdp.mechanism.privacy_plan import PrivacyPlan
-from jaxdp.noise import add_noise, allocate_stddevs, standard_normal
+from jaxdp.noise import add_laplace_noise, add_noise, allocate_stddevs, laplace_stddevs, standard_normal
 
 # Streams within one step's key.
 _GRADIENT_STREAM, _COUNT_STREAM = 0, 1
@@ -42,10 +42,12 @@ def privatize(
     """Noises a clipped sum once and divides it by the expected batch size.
 
         mean_k = (S_k + N(0, s_k^2 I)) / (q N),        sum_k C_k^2 / s_k^2 = 1 / z_grad^2
+        mean   = (S + Laplace(b C)) / (q N),           for one number S and b = plan.noise_multiplier
 
     **Guarantee**: if one example moves group k of `clipped.value` by at most C_k = `clip_norms[k]`, the release is one
-    Gaussian mechanism of noise multiplier `plan.noise_multiplier` (S5), to be charged once: call it once for each logical
-    step, after microbatches and devices have been summed (S7), and never with one (key, step) for two sums (S8).
+    Gaussian mechanism of noise multiplier `plan.noise_multiplier` (S5), or one Laplace mechanism, as `plan.noise` says, to be
+    charged once: call it once for each logical step, after microbatches and devices have been summed (S7), and never with one
+    (key, step) for two sums (S8).
 
     Args:
         clipped: The sum over a batch, from `clip_and_sum` or `clipped_grad`.
@@ -54,18 +56,29 @@ def privatize(
         clip_norms: C_k, `[K]`.
         key: The run's secret noise key.
         step: Index of the step, a nonnegative integer.
+
+    Raises:
+        ValueError: the plan has Laplace noise, and the sum is not one number.
     """
     _validate.typed_key("key", key)
     step_key = jax.random.fold_in(key, step)
-    stddevs = allocate_stddevs(
-        clip_norms,
-        groups.sizes,
-        noise_multiplier=plan.gradient_noise_multiplier,
-        allocation=plan.clipping.noise_allocation,
-    )
+    if plan.noise == "laplace":
+        _refuse_all_but_one_number(plan, groups)
+        stddevs = laplace_stddevs(clip_norms, noise_multiplier=plan.noise_multiplier)
+    else:
+        stddevs = allocate_stddevs(
+            clip_norms,
+            groups.sizes,
+            noise_multiplier=plan.gradient_noise_multiplier,
+            allocation=plan.clipping.noise_allocation,
+        )
     total = clipped.value
     if plan.noise_multiplier > 0:
-        total = add_noise(total, stddevs, groups.leaf_groups, key=jax.random.fold_in(step_key, _GRADIENT_STREAM))
+        noise_key = jax.random.fold_in(step_key, _GRADIENT_STREAM)
+        if plan.noise == "laplace":
+            total = add_laplace_noise(total, plan.noise_multiplier * clip_norms[0], key=noise_key)
+        else:
+            total = add_noise(total, stddevs, groups.leaf_groups, key=noise_key)
     mean = jax.tree.map(lambda leaf: leaf / plan.expected_batch_size, total)  # S2: a constant, not the realized size
     next_clip_norms = clip_norms
     if isinstance(plan.clipping, Quantile):
@@ -73,6 +86,15 @@ def privatize(
             plan.clipping, plan, clipped.centered_count, clip_norms, key=jax.random.fold_in(step_key, _COUNT_STREAM)
         )
     return Release(mean, stddevs, clip_norms, next_clip_norms)
+
+
+def _refuse_all_but_one_number(plan: PrivacyPlan, groups: Groups) -> None:
+    """The L1 sensitivity of d numbers clipped to the L2 norm C is sqrt(d) C, and the plan charges for C."""
+    if sum(groups.sizes) != 1 or not isinstance(plan.clipping, Flat | Automatic):
+        raise ValueError(
+            f"the plan has noise='laplace', which is for one number a step, and this sum has {sum(groups.sizes)} under "
+            f"{plan.clipping}; release one number under flat or automatic clipping, or plan with noise='gaussian'."
+        )
 
 
 def _follow_quantile(

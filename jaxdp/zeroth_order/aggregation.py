@@ -5,7 +5,8 @@ Without a plan, their mean. With one, DP-AggZO (USENIX Security 2025), which for
     v_i = (D_i1, ..., D_iK) / K;    y = sum_i v_i min(1, C / ||v_i||) + N(0, (sigma C)^2 I_K);    g = K y / (q N)
 
 so that the update along sum_k g_k z_k / K is the paper's along sum_k y_k z_k / (q N). Examples are clipped, summed and noised
-by what DP-SGD uses: v_i is a gradient with K coordinates.
+by what DP-SGD uses: v_i is a gradient with K coordinates. For K = 1 the noise may be Laplace(b C), and epsilon pure: DP-ZO (arXiv
+2401.04343).
 """
 
 from __future__ import annotations
@@ -45,12 +46,18 @@ class NotPrivate:
         return total / jnp.sum(self.contributed).astype(total.dtype)
 
 
-def check_zeroth_order_plan(plan: Any) -> PrivacyPlan:
-    """Refuses plans whose clip norm would have to be carried beside the scalars, or that clip by layer."""
+def check_zeroth_order_plan(plan: Any, *, num_directions: int) -> PrivacyPlan:
+    """Refuses plans whose clip norm would have to be carried beside the scalars, that clip by layer, or whose noise is for less."""
     if not isinstance(check_plan(plan).clipping, Flat | Automatic):
         raise ValueError(
             f"a zeroth-order step clips one vector of projected gradients for each example, and the plan has {plan.clipping}; "
             "plan with jaxdp.flat(C) or jaxdp.automatic(C)."
+        )
+    if plan.noise == "laplace" and num_directions != 1:
+        raise ValueError(
+            f"num_directions={num_directions} with noise='laplace': the L1 sensitivity of so many numbers clipped together is the "
+            "root of their number times the clip norm, and the plan charges for the clip norm. Use one direction, or plan with "
+            "noise='gaussian'."
         )
     return plan
 
@@ -105,7 +112,8 @@ def private_mean(
     """The released g `[K]`.
 
     **Guarantee**: one Gaussian mechanism of noise multiplier `plan.noise_multiplier`, whatever K: the K numbers are clipped as
-    one vector and noised by one draw (S11 v). All that follows from them and the directions is post-processing (S14).
+    one vector and noised by one draw (S11 v). Or one Laplace mechanism, for K = 1, as `plan.noise` says. All that follows from
+    them and the directions is post-processing (S14).
 
     Args:
         projected_gradients: D, float32 `[B, K]`; row i depends on example i and on released values only (S3).

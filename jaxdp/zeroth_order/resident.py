@@ -127,7 +127,8 @@ def make_resident_step(
             below half a unit in its last place (S19).
         estimator: How the loss is probed; `TwoSided()` by default.
         law: What directions are drawn from; `Rademacher()` by default.
-        plan: The privacy numbers, from `jaxdp.plan`, with flat or automatic clipping; None for a run without privacy.
+        plan: The privacy numbers, from `jaxdp.plan`, with flat or automatic clipping, and Laplace noise for one direction only;
+            None for a run without privacy.
         is_normalized: Divide g by its spread over the K directions (FZOO, arXiv 2506.09034), after the noise; a step without
             spread gives zero.
 
@@ -142,7 +143,7 @@ def make_resident_step(
     estimator = TwoSided() if estimator is None else estimator
     law = Rademacher() if law is None else law
     if plan is not None:
-        aggregation.check_zeroth_order_plan(plan)
+        aggregation.check_zeroth_order_plan(plan, num_directions=estimator.num_directions)
     if not isinstance(tx, optax.GradientTransformation):
         raise TypeError(f"tx must be an optax.GradientTransformation, such as optax.adam(1e-3); got {tx!r}.")
     sgd = updates.Sgd(1.0, is_normalized=is_normalized)  # the learning rate is the optimizer's

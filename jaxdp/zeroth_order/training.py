@@ -142,7 +142,8 @@ def make_step(
     Args:
         model: The loss of one example, in parts.
         sgd: How scalars become an update.
-        plan: The privacy numbers, from `jaxdp.plan`, with flat or automatic clipping; None for a run without privacy.
+        plan: The privacy numbers, from `jaxdp.plan`, with flat or automatic clipping, and Laplace noise for one direction only;
+            None for a run without privacy.
         estimator: How the model is probed; `TwoSided()` by default.
         law: What directions are drawn from; `Rademacher()` by default.
         placement: Where blocks wait; on the device by default.
@@ -177,7 +178,7 @@ def make_step(
     placement = Placement() if placement is None else placement
     placement.check()
     if plan is not None:
-        check_zeroth_order_plan(plan)
+        check_zeroth_order_plan(plan, num_directions=estimator.num_directions)
     updates.check_spread(sgd, estimator.num_directions)
     if isinstance(estimator, TwoSided | OneSided) and estimator.num_at_once > 1 and not isinstance(law, LowRank):
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,38 @@ def test_a_goal_out_of_reach_is_an_error_and_leaves_no_empty_plot(tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
+def test_laplace_noise_has_a_pure_epsilon(capsys: pytest.CaptureFixture[str]):
+    """T log(1 + q (e^(1/b) - 1)) without truncation; RDP has no answer."""
+    flags = "--num-examples 1000 --sampling-prob 0.05 --num-steps 50 --padded-batch-size 1000 --noise laplace --delta 0"
+    (row,) = as_json(capsys, f"{flags} --noise-multiplier 2.5")["rows"]
+    assert row["epsilon"]["pld"] == pytest.approx(50 * math.log(1 + 0.05 * (math.exp(1 / 2.5) - 1)), rel=1e-9)
+    assert row["epsilon"]["rdp"] is None
+    goal = as_json(capsys, f"{flags} --target-epsilon 2")
+    assert (goal["noise"], goal["delta"]) == ("laplace", 0.0)
+    b = goal["rows"][0]["noise_multiplier"]["pld"]
+    assert b == pytest.approx(1 / math.log(1 + (math.exp(2 / 50) - 1) / 0.05), rel=1e-4)
+    assert table(capsys, f"{flags} --target-epsilon 2")[0] == ["2", f"{b:.5g}", "unsupported"]
+    run(parse(f"{flags} --target-epsilon 2"))
+    text = capsys.readouterr().out
+    assert "Laplace noise on one number a step, of scale noise multiplier times clip norm" in text
+    assert "basic composition" in text
+
+
+def test_the_padding_of_laplace_noise_is_that_of_its_plan(capsys: pytest.CaptureFixture[str]):
+    flags = "--num-examples 1000 --sampling-prob 0.05 --num-steps 50 --noise laplace --delta 0"
+    found = as_json(capsys, f"{flags} --noise-multiplier 30 40")["accountants"]["pld"]["padded_batch_size"]
+    plan = jaxdp.plan(
+        num_examples=1000,
+        sampling_prob=0.05,
+        num_steps=50,
+        clipping=jaxdp.flat(1.0),
+        noise="laplace",
+        noise_multiplier=30.0,
+        target_delta=0,
+    )
+    assert found == plan.padded_batch_size < 120
+
+
 WITHOUT_GOAL = "--num-examples 1000 --delta 1e-5"
 
 
@@ -211,6 +244,8 @@ WITHOUT_GOAL = "--num-examples 1000 --delta 1e-5"
         (f"{WITHOUT_GOAL} --noise-multiplier 1 --sampling-prob 1.5 --num-steps 5", "sampling_prob must lie in"),
         (f"{SMALL} --noise-multiplier 1 --padded-batch-size 3", "padded_batch_size=3 is below the expected"),
         (f"{SMALL} --noise-multiplier 1 --delta 0", "delta must lie in (0, 1), got 0.0"),
+        (f"{SMALL} --noise-multiplier 1 --delta 0", "or noise='laplace'"),
+        (f"{SMALL} --noise-multiplier 1 --delta -1 --noise laplace", "delta must lie in (0, 1), got -1.0"),
         (f"{SMALL} --noise-multiplier 1 --num-examples 0", "num_examples must be at least 1, got 0"),
     ],
 )
@@ -233,6 +268,6 @@ def test_help_has_examples_that_parse(capsys: pytest.CaptureFixture[str]):
         parse("--help")
     assert "jaxdp account --num-examples" in capsys.readouterr().out
     examples = [line.split()[2:] for line in (Account.__doc__ or "").splitlines() if "jaxdp account" in line]
-    assert len(examples) == 3
+    assert len(examples) == 4
     for example in examples:
         assert isinstance(tyro.cli(Account, args=example), Account)

@@ -221,6 +221,29 @@ def test_every_method_trains(method, more, llama, texts, tmp_path):
     replayed_to(out, llama, tmp_path)
 
 
+def test_a_laplace_run_has_a_pure_epsilon_everywhere_it_is_said(llama, texts, tmp_path, capsys):
+    """DP-ZO (arXiv 2401.04343): plan check, report, card, trajectory and replay tell one truth."""
+    out = tmp_path / "out"
+    goal = ["--noise", "laplace", "--target-delta", "0", "--target-epsilon", "30", "--l2-clip-norm", "5"]
+    main(arguments(llama, texts, out, "--method", "dpzero", *goal))
+    said = capsys.readouterr().out
+    report, trajectory = report_of(out), read_trajectory(out / "trajectory.jaxdpzo")
+    assert 29 < report["epsilon"] <= 30
+    assert (report["noise"], report["delta"], report["private"]) == ("laplace", 0, True)
+    assert f"noise multiplier {report['noise_multiplier']:.5g} (Laplace scale over clip norm)" in said
+    assert "at delta 0 (ADD_OR_REMOVE_ONE, basic composition)" in said
+    assert f"Laplace noise of scale {report['noise_multiplier']:g} times the clip norm" in report["statement"]
+    card = (out / "model" / "README.md").read_text()
+    assert "-differentially private, purely (delta = 0)**" in card
+    assert "| noise | Laplace |" in card
+    assert "(scale over clip norm) |" in card
+    assert "| accountant | basic composition |" in card
+    assert trajectory.header.privacy is not None
+    assert trajectory.header.privacy["noise"] == "laplace"
+    replayed_to(out, llama, tmp_path)
+    assert "at delta 0 (ADD_OR_REMOVE_ONE, basic composition), for the trajectory" in capsys.readouterr().out
+
+
 def replayed_to(out, llama, tmp_path, *more) -> None:
     main(["replay", str(out / "trajectory.jaxdpzo"), "--base", str(llama), "--out", str(tmp_path / "again"), *more])
     (weights,) = out.glob("*/*.safetensors")
@@ -293,6 +316,16 @@ COMMAND_LINES = {
     "not_said": (["--method", "mezo"], "--method mezo is not private, and this must be said: add --no-privacy"),
     "mezo_has_no_epsilon": (["--method", "mezo", "--target-epsilon", "3"], "--target-epsilon 3: mezo adds no noise"),
     "fzoo_has_no_noise": (["--method", "fzoo", "--noise-multiplier", "1"], "use --method dpzero, or dp-aggzo"),
+    "laplace_gradients": (["--noise", "laplace"], "--method dpsgd releases whole gradients; use --method dpzero"),
+    "laplace_many": (["--method", "dp-aggzo", "--noise", "laplace"], "dp-aggzo clips many numbers together; use --method dpzero"),
+    "laplace_mezo": (["--method", "mezo", *NO_PRIVACY, "--noise", "laplace"], "--method mezo adds no noise"),
+    "laplace_directions": (
+        ["--method", "dpzero", "--noise", "laplace", "--num-directions", "2"], "--num-directions 2: --noise laplace is for one"
+    ),
+    "laplace_rdp": (["--method", "dpzero", "--noise", "laplace", "--accountant", "rdp"], "use pld, or leave it out"),
+    "laplace_none": (["--method", "dpzero", "--noise", "laplace", *NO_PRIVACY], "--noise laplace contradicts --no-privacy"),
+    "pure_gaussian": (["--method", "dpzero", "--target-delta", "0"], "or --method dpzero --noise laplace"),
+    "pure_gradients": (["--target-delta", "0"], "--target-delta 0 is a pure epsilon"),
     "clipping": (["--method", "dpzero", "--clipping", "quantile"], "--clipping quantile: dpzero clips one vector"),
     "last_k": (["--method", "dpzero", "--tune", "last-k"], "use full, lora, ffa-lora or bitfit"),
     "optimizer": (["--method", "dpzero", "--optimizer", "adam"], "use sgd, with --momentum"),

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jaxdp
@@ -51,3 +52,28 @@ def test_the_ledger_survives_json_and_a_trip_through_float32():
     assert through_jax.num_steps_of(plan) == 4
     assert through_jax.record(plan).num_steps == 5
     assert len(through_jax.record(plan).entries) == 1
+
+
+def test_a_change_of_law_is_a_change_of_mechanism():
+    """The same numbers with Laplace noise are another release: not merged, counted apart, and charged as what it is."""
+    settings = {**SETTINGS, "num_steps": 30, "noise_multiplier": 2.0, "padded_batch_size": 1000}
+    gaussian, laplace = jaxdp.plan(**settings), jaxdp.plan(**settings, noise="laplace")
+    ledger = jaxdp.Ledger().record(gaussian, 30).record(laplace, 20).record(laplace, 10)
+    assert [(entry.noise, int(entry.num_steps)) for entry in ledger.entries] == [("gaussian", 30), ("laplace", 30)]
+    assert ledger.num_steps_of(laplace) == 30
+    with pytest.raises(jaxdp.BudgetExhaustedError):
+        ledger.check_budget(laplace)
+    both = ledger.epsilon(delta=1e-5, neighboring_relation=ADD_REMOVE)
+    assert max(gaussian.epsilon(), laplace.epsilon()) < both < gaussian.epsilon() + laplace.epsilon()
+    assert jaxdp.Ledger.from_json(ledger.to_json()) == ledger
+    assert jax.tree.map(lambda x: x, ledger) == ledger
+    assert all(isinstance(leaf, np.generic) for leaf in jax.tree.leaves(ledger))
+
+
+def test_a_pure_epsilon_of_a_ledger_needs_laplace_noise_in_every_step():
+    settings = {**SETTINGS, "num_steps": 30, "noise_multiplier": 2.0}
+    gaussian, laplace = jaxdp.plan(**settings), jaxdp.plan(**settings | {"target_delta": 0}, noise="laplace")
+    ledger = jaxdp.Ledger().record(laplace, 10)
+    assert laplace.epsilon_so_far(ledger) == pytest.approx(laplace.epsilon(num_steps=10))
+    with pytest.raises(ValueError, match="pure differential privacy"):
+        ledger.record(gaussian).epsilon(delta=0, neighboring_relation=ADD_REMOVE)

@@ -79,3 +79,42 @@ def test_no_noise_has_no_guarantee():
 def test_a_large_delta_is_warned_about():
     with pytest.warns(UserWarning, match="releasing one record in the clear"):
         jaxdp.plan(**SETTINGS, noise_multiplier=1.0, target_delta=0.01)
+
+
+LAPLACE = {**SETTINGS, "noise": "laplace"}
+
+
+def test_a_pure_goal_is_described_as_what_it_is():
+    plan = jaxdp.plan(**LAPLACE, target_epsilon=2.0, target_delta=0)
+    text = plan.describe()
+    for part in (
+        "is 2-differentially private, purely (delta = 0), with respect to",
+        f"Laplace noise of scale {plan.noise_multiplier:g} times the clip norm (the noise multiplier)",
+        "the one number that is summed",
+        "Accountant: basic composition",
+        "real-valued Laplace noise",
+    ):
+        assert part in text
+    assert "Gaussian" not in text
+    with_delta = jaxdp.plan(**LAPLACE, target_epsilon=2.0, target_delta=1e-5).describe()
+    assert "(2, 1e-05)-differentially private" in with_delta
+    assert "PLD" in with_delta
+    given = jaxdp.plan(**LAPLACE, noise_multiplier=1.0)
+    assert "is a Laplace mechanism of noise multiplier 1; epsilon needs a delta" in given.describe()
+    assert given.epsilon(delta=0) > given.epsilon(delta=1e-5)
+    assert given.epsilon(delta=0, num_steps=0) == 0.0
+
+
+def test_a_pure_goal_needs_more_noise_than_one_with_a_delta():
+    pure = jaxdp.plan(**LAPLACE, target_epsilon=2.0, target_delta=0)
+    approximate = jaxdp.plan(**LAPLACE, target_epsilon=2.0, target_delta=1e-5)
+    assert pure.noise_multiplier > approximate.noise_multiplier
+    assert dataclasses.replace(pure, target_delta=1e-5).epsilon() < 2.0
+
+
+def test_gaussian_noise_is_the_default():
+    given = jaxdp.plan(**SETTINGS, noise_multiplier=1.0, target_delta=1e-5)
+    assert given == jaxdp.plan(**SETTINGS, noise_multiplier=1.0, target_delta=1e-5, noise="gaussian")
+    assert given != jaxdp.plan(
+        **LAPLACE, noise_multiplier=1.0, target_delta=1e-5, padded_batch_size=given.padded_batch_size
+    )

@@ -1,5 +1,7 @@
 """Laws of the mechanism: noise scale through the whole release, divisor, keys, quantile clipping, an audit."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -169,3 +171,70 @@ def test_an_audit_of_one_release_stays_below_epsilon_and_catches_too_little_nois
     out, inside = scores(0), scores(1)
     assert 4.0 < audited_epsilon(out, inside) <= the_plan.epsilon()
     assert audited_epsilon(out * 2 / 3, (inside - 2.0) * 2 / 3 + 2.0) > the_plan.epsilon()
+
+
+# Laplace noise, of one number a step (DP-ZO, arXiv 2401.04343).
+
+
+def test_a_laplace_plan_releases_laplace_noise_of_scale_b_c_once_a_step(key):
+    """S7: the mean absolute deviation of the release is b C / (q N), its law Laplace and no other."""
+    the_plan = plan(1.3, noise="laplace")
+    value = jnp.array([4.0])
+    draws = jax.vmap(lambda step: release(the_plan, jnp.zeros(1), key, step, value).mean[0])(jnp.arange(20_000))
+    noise, b = np.asarray(draws) - 4.0 / 50, 1.3 * 2.0 / 50
+    assert np.mean(np.abs(noise)) == pytest.approx(b, rel=5 / np.sqrt(20_000))
+    assert stats.kstest(noise, stats.laplace(0, b).cdf).pvalue > 1e-3
+    for other in (
+        stats.laplace(0, b / 2),
+        stats.laplace(0, 2 * b / 3),
+        stats.norm(0, np.sqrt(2) * b),
+        stats.norm(0, b),
+    ):
+        assert stats.kstest(noise, other.cdf).pvalue < 1e-6
+    np.testing.assert_allclose(release(the_plan, jnp.zeros(1), key).stddevs, [np.sqrt(2) * 1.3 * 2.0], rtol=1e-6)
+
+
+def test_a_laplace_plan_without_noise_releases_the_sum(key):
+    silent = plan(0.0, noise="laplace", clipping=jaxdp.flat(np.inf))
+    found = release(silent, jnp.zeros(1), key, value=jnp.array([50.0]))
+    assert found.mean.tolist() == [1.0]
+    assert found.stddevs.tolist() == [0.0]
+
+
+@pytest.mark.parametrize(
+    "template", [jnp.zeros(2), {"a": jnp.zeros(()), "b": jnp.zeros(())}, jnp.zeros((1, 3))], ids=str
+)
+def test_laplace_noise_is_refused_for_more_than_one_number(template, key):
+    """Their L1 sensitivity is larger than the clip norm, which the plan charges for."""
+    with pytest.raises(ValueError, match=r"for one number a step, and this sum has [23] .*noise='gaussian'"):
+        release(plan(1.3, noise="laplace"), template, key)
+
+
+@pytest.mark.parametrize("clipping", [jaxdp.per_layer(1.0), jaxdp.quantile(1.0)], ids=["per_layer", "quantile"])
+def test_laplace_noise_is_refused_where_a_plan_was_changed_behind_its_back(clipping, key):
+    changed = dataclasses.replace(plan(1.3, noise="laplace"), clipping=clipping)
+    with pytest.raises(ValueError, match="flat or automatic clipping"):
+        release(changed, jnp.zeros(1), key)
+
+
+def test_an_audit_of_one_laplace_release_stays_below_epsilon_and_catches_too_little_noise(key):
+    """The likeliest outcomes to show a canary are those beyond it: log(P[y > C] / P[y > C without it]) is 1/b at most."""
+    one_shot = {"num_examples": 1, "expected_batch_size": None, "sampling_prob": 1.0, "num_steps": 1, "target_delta": 0}
+    the_plan, trials = plan(1.0, noise="laplace", **one_shot), 40_000
+
+    def scores(present):
+        def one(step):
+            return release(the_plan, jnp.zeros(1), key, step, jnp.array([2.0 * present])).mean[0]
+
+        return np.asarray(jax.vmap(one)(jnp.arange(trials) + trials * present))
+
+    def audited_epsilon(out, inside):
+        """By Clopper-Pearson, 99.9 %."""
+        false_alarms, hits = np.sum(out > 2.0), np.sum(inside > 2.0)
+        most_false = stats.beta.ppf(0.9995, false_alarms + 1, trials - false_alarms)
+        return np.log(stats.beta.ppf(0.0005, hits, trials - hits + 1) / most_false)
+
+    out, inside = scores(0), scores(1)
+    assert the_plan.epsilon() == 1.0
+    assert 0.9 < audited_epsilon(out, inside) <= 1.0
+    assert audited_epsilon(out / 2, (inside - 2.0) / 2 + 2.0) > 1.0

@@ -1,13 +1,16 @@
-"""Private zeroth-order steps: one clipped vector of K numbers for each example, one Gaussian draw, one event."""
+"""Private zeroth-order steps: one clipped vector of K numbers for each example, one draw of the noise, one event."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as npst
+from scipy import stats
 
 import jaxdp
 from jaxdp.zeroth_order import (
@@ -19,6 +22,8 @@ from jaxdp.zeroth_order import (
     TwoSided,
     aggregation,
     header_of,
+    loss_fn,
+    make_resident_step,
     make_step,
     read_trajectory,
     replayed,
@@ -197,3 +202,77 @@ def test_bad_private_steps_are_refused(key):
     )
     with pytest.raises(ValueError, match="is_padding_example is missing"):
         first_step(key, poisson)
+
+
+# Laplace noise: DP-ZO (arXiv 2401.04343).
+
+
+def laplace_plan(**options):
+    return plan_of(noise="laplace", **options)
+
+
+def test_laplace_noise_is_drawn_once_a_step_with_the_scale_of_the_plan(key):
+    """The mean absolute difference to the run without noise is b C / (q N), and its law is Laplace's (S7)."""
+    C, b, T = 0.5, 3.0, 250
+    noisy = make_step(toy(), Sgd(1e-9), plan=laplace_plan(noise_multiplier=b, clip_norm=C, num_steps=T))
+    exact = make_step(toy(), Sgd(1e-9), plan=laplace_plan(noise_multiplier=0.0, clip_norm=C, num_steps=T))
+    one, other = (steps.init(toy_params(), direction_key=key, noise_key=NOISE_KEY) for steps in (noisy, exact))
+    draws = []
+    for _ in range(T):
+        one, info = noisy.step(one, toy_batch(), None)
+        other, silent = exact.step(other, toy_batch(), None)
+        draws.append(float(info.scalars.projected_gradients[0] - silent.scalars.projected_gradients[0]))
+    found = np.array(draws) / (C / B)
+    assert np.mean(np.abs(found)) == pytest.approx(b, rel=5 / np.sqrt(T))
+    assert stats.kstest(found, stats.laplace(0, b).cdf).pvalue > 1e-3
+    assert stats.kstest(found, stats.laplace(0, b / 2).cdf).pvalue < 1e-3
+    assert np.unique(found).size == T
+    assert [(entry.noise, int(entry.num_steps)) for entry in one.ledger.entries] == [("laplace", T)]
+
+
+def test_a_laplace_run_is_pure_and_its_ledger_says_so(key):
+    plan = laplace_plan(noise_multiplier=4.0, num_steps=3, target_delta=0)
+    init, step = make_resident_step(functools.partial(loss_fn, toy()), optax.sgd(1e-2), plan=plan)
+    state = init(toy_params(), direction_key=key)
+    for _ in range(3):
+        state, _ = step(state, toy_batch(), None)
+    assert plan.epsilon_so_far(state.ledger) == pytest.approx(3 / 4)
+
+
+def test_streamed_resident_and_replayed_laplace_runs_are_the_same_bits(key, tmp_path):
+    plan, found = laplace_plan(clip_norm=0.1, target_delta=0), []
+    for placement in (Placement(), Placement(is_streamed=True)):
+        steps = make_step(toy(), Sgd(1e-2), plan=plan, placement=placement)
+        state = steps.init(toy_params(), direction_key=key, noise_key=NOISE_KEY)
+        path = tmp_path / f"{placement.is_streamed}"
+        with Journal.create(path, header_of(steps, toy_params(), key)) as journal:
+            for t in range(3):
+                state, info = steps.step(state, toy_batch(), None)
+                journal.append(t, info.scalars)
+        found.append(bits(steps.flush(state).params()))
+    assert found[0] == found[1] != bits(toy_params())
+    trajectory = read_trajectory(path)
+    assert trajectory.header.privacy is not None
+    assert trajectory.header.privacy["noise"] == "laplace"
+    assert trajectory.header.privacy["target_delta"] == 0
+    public = make_step(toy(), Sgd(1.0))
+    again = replayed(public, public.init(toy_params(), direction_key=key), trajectory)
+    assert bits(public.flush(again).params()) == found[0]
+    resumed = make_step(toy(), Sgd(1e-2), plan=plan)
+    again = replayed(resumed, resumed.init(toy_params(), direction_key=key, noise_key=NOISE_KEY), trajectory)
+    assert plan.epsilon_so_far(again.ledger) == pytest.approx(3.0)
+    other = make_step(toy(), Sgd(1e-2), plan=plan_of(clip_norm=0.1, target_delta=1e-5))
+    with pytest.raises(ValueError, match=r"another plan \(noise: 'laplace' there, 'gaussian' here"):
+        replayed(other, other.init(toy_params(), direction_key=key), trajectory)
+
+
+def test_laplace_noise_is_refused_for_more_than_one_direction():
+    """K numbers clipped together have the L1 sensitivity sqrt(K) C, and the plan charges for C."""
+    plan = laplace_plan()
+    message = "num_directions=2 with noise='laplace'.*Use one direction, or plan with noise='gaussian'"
+    with pytest.raises(ValueError, match=message):
+        make_step(toy(), Sgd(1e-2), plan=plan, estimator=TwoSided(2))
+    with pytest.raises(ValueError, match=message):
+        make_resident_step(functools.partial(loss_fn, toy()), optax.sgd(1e-2), plan=plan, estimator=ForwardMode(2))
+    with pytest.raises(ValueError, match="this sum has 2"):
+        aggregation.private_mean(jnp.ones((B, 2)), jnp.ones(B, bool), plan, key=NOISE_KEY, step=jnp.uint32(0))
