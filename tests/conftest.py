@@ -11,6 +11,8 @@ import matplotlib
 import numpy as np
 import pytest
 
+from tests import unoptimized
+
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -28,6 +30,12 @@ jax.config.update(
 )
 hypothesis.settings.register_profile("jaxdp", deadline=None, max_examples=50, derandomize=True)
 hypothesis.settings.load_profile("jaxdp")
+
+
+@pytest.hookimpl(tryfirst=True)  # before the fixtures of a module
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    mark = item.get_closest_marker("unoptimized")
+    unoptimized.switch(mark is not None and mark.args != (False,))
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from jax import lax
 
 import jaxdp
 
+pytestmark = pytest.mark.unoptimized
 METHODS = ["two_pass", "book_keeping", "per_layer"]
 
 
@@ -96,6 +97,7 @@ def test_ghost_refuses_to_copy_a_matrix_and_names_it():
     grad_fn(params, jnp.ones((2, 3)))
 
 
+@pytest.mark.unoptimized(False)  # memory
 def test_no_method_but_the_definition_holds_per_example_gradients():
     """XLA's own account, on a model with 96 MiB of per-example gradients and 1.5 MiB of activations."""
 
@@ -118,6 +120,7 @@ def test_no_method_but_the_definition_holds_per_example_gradients():
     assert all(sizes[method] < 4 * 2**20 for method in METHODS), sizes
 
 
+@pytest.mark.unoptimized(False)  # XLA's plain emitters look narrow ids up wrongly
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("vocabulary", [256, 257, 300])
 def test_ids_narrower_than_the_vocabulary(method, vocabulary):
@@ -203,6 +206,7 @@ def test_padding_stays_silent_under_a_derivative_that_ignores_its_cotangent(meth
     )  # fmt: skip
 
 
+@pytest.mark.unoptimized(False)  # bits
 @pytest.mark.parametrize("method", METHODS)
 def test_one_bad_example_changes_no_bit_of_the_others(stack, method):
     params, batch = stack
@@ -216,6 +220,7 @@ def test_one_bad_example_changes_no_bit_of_the_others(stack, method):
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.unoptimized(False)  # rounding
 def test_bfloat16_contributions_stay_within_the_clip_norm():
     """S4 with operands that round: each row alone, every method, on tokens that nearly cancel."""
     rng = np.random.default_rng(0)

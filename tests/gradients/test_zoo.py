@@ -17,6 +17,7 @@ import pytest
 import jaxdp
 from tests.gradients.zoo import CASES, B, Case
 
+pytestmark = pytest.mark.unoptimized
 METHODS = ("two_pass", "book_keeping", "per_layer")
 FEW = (
     "mlp_of_one_token",
@@ -66,7 +67,7 @@ class Definition:
 @functools.cache
 def definition(name: str) -> Definition:
     case = CASES[name]
-    gradient = jax.jit(jax.value_and_grad(case.fun, has_aux=case.has_aux), compiler_options=FAST)
+    gradient = jax.jit(jax.value_and_grad(case.fun, has_aux=case.has_aux))
     rows = [gradient(case.params, jax.tree.map(lambda x, i=i: x[i], case.batch)) for i in range(B)]
     losses = [np.asarray(out[0] if case.has_aux else out, np.float64) for out, _ in rows]
     gradients = [
@@ -131,17 +132,13 @@ def spoiled(batch: Any, row: int, value: float) -> Any:
     return jax.tree.map(spoil, batch)
 
 
-FAST = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-}  # compiling takes most of the time
 PADDED, NOT_FINITE = 1, 3
 
 
 def check(case: Case, policy: Any, grad_fn: Any) -> None:
     """A whole batch, and one with a row of padding that holds infinities and a row that is NaN, against the definition."""
     truth, groups = definition(case.name), policy.groups(case.params)
-    compiled = jax.jit(grad_fn, compiler_options=FAST)
+    compiled = jax.jit(grad_fn)
     damaged = spoiled(spoiled(case.batch, NOT_FINITE, np.nan), PADDED, np.inf)
     rows = np.arange(B)
     for batch, padding, counts in (

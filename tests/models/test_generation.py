@@ -13,6 +13,8 @@ import pytest
 from jaxdp.models import generate, generation
 from jaxdp.models.weights import load_model
 
+pytestmark = pytest.mark.unoptimized
+
 
 def greedy(golden, prompt, num_tokens):
     """The definition: the whole text again for every token."""

@@ -11,6 +11,7 @@ from jaxdp.models import CausalLM, Lora, opt
 from jaxdp.models.layers import LayerNorm
 from jaxdp.models.rotary import Rotary
 
+pytestmark = pytest.mark.unoptimized
 TOLERANCE = 1e-4
 VISIBLE = 5 * TOLERANCE
 

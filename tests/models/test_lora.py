@@ -10,6 +10,7 @@ import pytest
 
 from jaxdp.models import Lora, add_adapters, load_model, merge, parts, split
 
+pytestmark = pytest.mark.unoptimized
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 NAMES = sorted(path.name for path in GOLDENS.iterdir())
 TOKENS = np.random.default_rng(0).integers(0, 96, size=24)

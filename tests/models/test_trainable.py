@@ -12,6 +12,7 @@ import pytest
 import jaxdp
 from jaxdp.models import CHOICES, Lora, add_adapters, join, load_model, parts, split
 
+pytestmark = pytest.mark.unoptimized
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 TOKENS = np.random.default_rng(0).integers(0, 96, size=20).astype(np.int32)
 

@@ -9,6 +9,8 @@ from jaxdp.block_model import loss_fn
 from jaxdp.text import choice_blocks, language_model_blocks
 from tests.zeroth_order.models import language_model, token_batch
 
+pytestmark = pytest.mark.unoptimized
+
 
 def whole(params):
     return {**params.resident, "blocks": params.blocks}

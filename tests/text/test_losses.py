@@ -14,6 +14,7 @@ import jaxdp
 from jaxdp import text
 from jaxdp.text import Record
 
+pytestmark = pytest.mark.unoptimized
 VOCABULARY = 262
 EYE = np.eye(8, dtype=np.float32)
 WORDS = (" bad", " good", " fine")

@@ -18,6 +18,7 @@ from jaxdp.zeroth_order.resident import make_resident_step, projected_gradients
 from tests.text.test_blocks import choices, whole
 from tests.zeroth_order.models import language_model, token_batch
 
+pytestmark = pytest.mark.unoptimized
 EOS = 2
 
 

@@ -18,6 +18,7 @@ from jaxdp.zeroth_order.transform import expand_directions, expanded
 from tests.zeroth_order.models import toy, toy_batch, toy_params
 from tests.zeroth_order.test_estimators import direction
 
+pytestmark = pytest.mark.unoptimized
 LAWS = [Rademacher(), Gaussian(), LowRank(rank=2, refresh_every=2)]
 toy_loss = functools.partial(block_loss_fn, toy())
 SMALL = {"w": np.float32([0.5, -1.0, 2.0])}
@@ -134,6 +135,7 @@ def test_with_sgd_it_is_the_streamed_run(law, estimator, key):
     assert_close(state.params, steps.flush(replayed).params(), rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.unoptimized(False)  # XLA's own account
 def test_one_direction_is_in_memory_at_a_time(key):
     """K directions of the model together would be K copies of it."""
     shapes = {"w": jax.ShapeDtypeStruct((512, 512), jnp.float32)}
