@@ -17,13 +17,16 @@ _REPORTED = (
 _PATHS = ("--model", "--data", "--eval")
 
 
-def finetune(model: Path, data: Path, held_out: Path, options: list[str], *, out: Path) -> dict[str, Any]:
+def finetune(
+    model: Path, data: Path, held_out: Path, options: list[str], *, out: Path, keep: bool = False
+) -> dict[str, Any]:
     """Runs the command and returns the row of the record: command, plan, settings, and the scores `before` and `after`.
 
-    The command is written without the folders of the machine that it ran on.
+    The command is written without the folders of the machine that it ran on. With `keep`, a finished run in `out` stays as it is.
     """
     arguments = ["finetune", "--model", str(model), "--data", str(data), "--eval", str(held_out), *options]
-    main([*arguments, "--out", str(out)])
+    if not (keep and (out / "report.json").exists()):
+        main([*arguments, "--out", str(out)])
     report = json.loads((out / "report.json").read_text())
     shown = [
         Path(value).name if previous in _PATHS else value
