@@ -81,6 +81,8 @@ def test_the_recovered_part_is_that_of_the_gap_between_dpzero_and_mezo():
         "dpzero, epsilon 2": [0.5, 0.6],
         "dpzero, long, epsilon 2": [0.6, 0.7],
         "dp-aggzo, epsilon 2": [0.7, 0.75],
+        "dpzero, long, epsilon 6": [0.9, 0.9],
+        "dp-aggzo, epsilon 6": [0.8, 0.8],
     }
     rows = [
         {"row": name, "before": {"accuracy": 0.5}, "after": {"accuracy": value}}
@@ -91,6 +93,8 @@ def test_the_recovered_part_is_that_of_the_gap_between_dpzero_and_mezo():
     assert found["recovered"] == {
         "epsilon 2, of DPZero with as many steps": pytest.approx((0.725 - 0.55) / (0.85 - 0.55)),
         "epsilon 2, of DPZero with as many passes": pytest.approx((0.725 - 0.65) / (0.85 - 0.65)),
+        "epsilon 6, of DPZero with as many passes": None,
     }
     assert found["zero_shot"] == 0.5
+    assert private_sst2.summary([row for row in rows if row["row"] != "mezo, long"])["recovered"] == {}
     assert found["accuracy"]["mezo, long"]["all"] == [0.8, 0.9]
