@@ -24,7 +24,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks import gpu_numerics, gpu_throughput, harness, zeroth_order
+from benchmarks import gpu_numerics, gpu_throughput, harness, zeroth_order, zeroth_order_cost
 from benchmarks.gpu_throughput import Save
 from benchmarks.language_models import Gpt2, LanguageModel, Llama
 from benchmarks.models import Transformer
@@ -125,6 +125,13 @@ def items(tiny: bool = False) -> dict[str, Item]:
             f"zeroth_order_{name}": Item(lambda save: zeroth_order.measure(config, save), seconds, environment),
         }
 
+    cost = zeroth_order_cost.Config(
+        problem="tiny" if tiny else "opt-1.3b",
+        batch=2 if tiny else 8,
+        length=8 if tiny else 256,
+        num_directions=(1,) if tiny else (1, 16, 64),
+        **in_turns,
+    )
     block_bytes = [2**12] if tiny else [100_716_544, 629_278_720, 1_233_311_744]  # of OPT-1.3B, 13B and 30B
     medium = models["gpt2_medium"]
     untied = Transformer(medium.num_blocks, medium.width, medium.num_heads, lengths[1024], medium.vocabulary)
@@ -139,6 +146,7 @@ def items(tiny: bool = False) -> dict[str, Item]:
         **of_zeroth_order("opt-1.3b", (1, 4, 16), 150.0),
         **of_zeroth_order("opt-13b", (1,), 90.0),
         **of_zeroth_order("opt-30b", (1,), 110.0),
+        "private_zeroth_order_opt-1.3b": Item(lambda save: zeroth_order_cost.measure(cost, save), 90.0),
         "kernels_time": Item(lambda save: gpu_numerics.kernels("time"), 90.0),
         **of_peers("gpt2_medium", 1024),
         **of_methods("gpt2_medium", 128),

@@ -105,6 +105,7 @@ def test_the_most_important_items_come_first():
     assert names[:3] == ["kernels_check", "clipped_sums_against_float64", "updates_against_definition"]
     assert names[3:5] == ["gpt2_medium_t1024", "llama_t512"]
     assert names[5:9] == ["link", "zeroth_order_opt-1.3b", "zeroth_order_opt-13b", "zeroth_order_opt-30b"]
+    assert names[9] == "private_zeroth_order_opt-1.3b"
     throughput = {
         f"{model}_t{length}" for model in ("gpt2_small", "gpt2_medium", "llama") for length in (128, 512, 1024, 2048)
     }
@@ -134,6 +135,11 @@ def test_streamed_models_are_measured_under_a_cap_and_the_resident_one_leaves_ro
     assert not any(config.is_resident for config in seen.values())
     host_limit = {item.environment.get("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB") for item in items.values()}
     assert host_limit == {None, "110"}
+
+
+def test_what_privacy_adds_to_a_streamed_step_is_measured():
+    outcome = gpu_check.run_here(gpu_check.items(tiny=True)["private_zeroth_order_opt-1.3b"])
+    assert outcome["result"]["directions"]["1"]["private_over_not_private"]["median"] > 0
 
 
 def test_a_failing_item_is_recorded_and_late_ones_are_left_out():
