@@ -1,4 +1,4 @@
-"""The loop of every subcommand that trains: checkpoints, exact resumption, Ctrl-C, and a progress bar."""
+"""The loop of every subcommand that trains: checkpoints, exact resumption, Ctrl-C, and a progress bar, or lines in a log."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ from jaxdp.cli.curve import EpsilonCurve
 from jaxdp.mechanism import PrivacyPlan
 from jaxdp.sampling import poisson_batches
 from jaxdp.training import StepInfo, TrainingState
+
+#: Of a run whose output is no terminal.
+_SECONDS_BETWEEN_LINES = 60.0
 
 
 @dataclasses.dataclass
@@ -117,7 +120,7 @@ def run_steps(
     tokens_per_step: float | None = None,
     more: Callable[[], str | None] = lambda: None,
 ) -> Iterator[tuple[Any, Progress]]:
-    """Runs the batches that are left, with a progress bar, and yields the state after each.
+    """Runs the batches that are left, with a progress bar or, without a terminal, a line a minute; yields the state after each.
 
     Args:
         step: `step(state, batch, is_padding_example) -> (state, info)`.
@@ -138,6 +141,7 @@ def run_steps(
     curve = EpsilonCurve(the_plan)
     bar = tqdm(batches, total=the_plan.num_steps, initial=state.step, unit="step", disable=None)
     pending: list[jax.Array] = []  # losses still on the device: reading each at once would wait for each step
+    last_line = time.perf_counter()
     with bar, interrupts.deferred() as interrupted:
         for batch, is_padding_example in bar:
             state, info = step(state, batch, is_padding_example)
@@ -150,6 +154,10 @@ def run_steps(
                 pending.clear()
                 progress.wall_seconds = time.perf_counter() - start
                 bar.set_postfix_str(_postfix(progress, the_plan, curve, bar, tokens_per_step, more()), refresh=False)
+                if bar.disable and time.perf_counter() - last_line >= _SECONDS_BETWEEN_LINES:
+                    last_line = time.perf_counter()
+                    status = _postfix(progress, the_plan, curve, bar, tokens_per_step, more())
+                    print(f"step {state.step} of {the_plan.num_steps}: {status}", flush=True)
             if is_due:
                 save(state, info)
             if stop:
