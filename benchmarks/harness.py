@@ -128,6 +128,24 @@ def environment() -> dict[str, str]:
     return {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
 
 
+def recorded(
+    header: Mapping[str, Any], path: Path | None, measure: Callable[[Callable[[dict[str, Any]], None]], dict[str, Any]]
+) -> dict[str, Any]:
+    """The record of a measurement: the header, where it ran, and its result. What `measure(save)` saves is written to `path`."""
+    record = {
+        **header,
+        "machine": machine(),
+        "environment": environment(),
+        "versions": versions(["jax", "jaxlib", "jaxdp", "numpy"]),
+    }
+
+    def save(result: dict[str, Any]) -> None:
+        if path is not None:
+            write_json(path, record | {"device": device(), "result": result})
+
+    return record | {"result": measure(save)}
+
+
 def machine() -> dict[str, Any]:
     """The machine, without names that would identify it."""
     return {

@@ -209,19 +209,11 @@ def summary(result: Mapping[str, Any]) -> str:
 
 def run(config: Config, arguments: Sequence[str]) -> dict[str, Any]:
     """Measures, and returns the record that is written."""
-    record: dict[str, Any] = {
+    header = {
         "benchmark": "zeroth-order steps, streamed and resident",
         "command": harness.command("benchmarks.zeroth_order", arguments),
-        "machine": harness.machine(),
-        "environment": harness.environment(),
-        "versions": harness.versions(["jax", "jaxlib", "jaxdp", "numpy"]),
     }
-
-    def save(result: dict[str, Any]) -> None:
-        if config.json is not None:
-            harness.write_json(config.json, record | {"device": harness.device(), "result": result})
-
-    return record | {"result": measure(config, save)}
+    return harness.recorded(header, config.json, lambda save: measure(config, save))
 
 
 if __name__ == "__main__":

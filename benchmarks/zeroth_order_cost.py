@@ -196,23 +196,13 @@ def summary(result: dict[str, Any]) -> str:
 
 def run(config: Config, arguments: Sequence[str]) -> dict[str, Any]:
     """Measures, and returns the record that is written."""
-    record: dict[str, Any] = {
+    assumed = ("link_rate", "flop_rate", "memory_rate", "modelled_batch", "modelled_length")
+    header = {
         "benchmark": "streamed zeroth-order steps of K directions, private and not",
         "command": harness.command("benchmarks.zeroth_order_cost", arguments),
-        "machine": harness.machine(),
-        "environment": harness.environment(),
-        "versions": harness.versions(["jax", "jaxlib", "jaxdp", "numpy"]),
-        "assumed_for_the_model": {
-            name: getattr(config, name)
-            for name in ("link_rate", "flop_rate", "memory_rate", "modelled_batch", "modelled_length")
-        },
+        "assumed_for_the_model": {name: getattr(config, name) for name in assumed},
     }
-
-    def save(result: dict[str, Any]) -> None:
-        if config.json is not None:
-            harness.write_json(config.json, record | {"device": harness.device(), "result": result})
-
-    return record | {"result": measure(config, save)}
+    return harness.recorded(header, config.json, lambda save: measure(config, save))
 
 
 if __name__ == "__main__":

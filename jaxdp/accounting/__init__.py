@@ -3,6 +3,7 @@
 from jaxdp.accounting.accountants import (
     AccountantName as AccountantName,
     accountant_in_words as accountant_in_words,
+    composed_by as composed_by,
     epsilon as epsilon,
     format_epsilon as format_epsilon,
 )

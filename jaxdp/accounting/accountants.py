@@ -75,9 +75,14 @@ def epsilon(
     return pure if delta == 0 else min(pure, _epsilon_pld(kept, delta, neighboring_relation))
 
 
+def composed_by(accountant: AccountantName, delta: float | None) -> str:
+    """What composed an epsilon at `delta`, by name."""
+    return "basic composition" if delta == 0 else accountant.upper()
+
+
 def accountant_in_words(accountant: AccountantName, delta: float | None) -> str:
-    """How an epsilon at `delta` was composed."""
-    return "basic composition" if delta == 0 else f"{accountant.upper()} accountant"
+    """The same in a sentence."""
+    return composed_by(accountant, delta) + " accountant" * (delta != 0)
 
 
 def format_epsilon(value: float) -> str:

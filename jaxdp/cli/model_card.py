@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxdp.accounting import accountant_in_words, format_epsilon
+from jaxdp.accounting import composed_by, format_epsilon
 
 _LIMITS = """\
 - The statement is about the fine-tuning data alone. What the base model learned before is not covered, nor is anything that
@@ -47,7 +47,7 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("epsilon", "infinite" if report["epsilon"] is None else format_epsilon(report["epsilon"])),
         ("delta", f"{report['delta']:.3g}"),
         ("neighboring relation", report["neighboring_relation"]),
-        ("accountant", accountant_in_words(report["accountant"], report["delta"]).removesuffix(" accountant")),
+        ("accountant", composed_by(report["accountant"], report["delta"])),
         ("sampler", f"{report['sampler']}, probability {report['sampling_prob']:.6g}"),
         ("noise", report["noise"].capitalize()),
         (

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxdp.accounting import accountant_in_words, format_epsilon
+from jaxdp.accounting import composed_by, format_epsilon
 from jaxdp.cli import meters
 from jaxdp.mechanism import PrivacyPlan
 
@@ -45,7 +45,7 @@ class PlanCheck:
         epsilon = plan.epsilon() if plan.noise_multiplier > 0 else math.inf
         cost = "none: this run is not private" if math.isinf(epsilon) else f"{format_epsilon(epsilon)}"
         if plan.target_delta is not None and not math.isinf(epsilon):
-            composed = accountant_in_words(plan.accountant, plan.target_delta).removesuffix(" accountant")
+            composed = composed_by(plan.accountant, plan.target_delta)
             cost += f" at delta {plan.target_delta:.3g} ({plan.neighboring_relation.name}, {composed})"
         kind = "" if plan.noise == "gaussian" else f" ({plan.noise.capitalize()} scale over clip norm)"
         room = "" if self.available_bytes is None else f" of {gibibytes(self.available_bytes)} available ({self.meter})"

@@ -153,10 +153,10 @@ def run_steps(
                 progress.losses += [float(value) for value in pending]
                 pending.clear()
                 progress.wall_seconds = time.perf_counter() - start
-                bar.set_postfix_str(_postfix(progress, the_plan, curve, bar, tokens_per_step, more()), refresh=False)
+                status = _postfix(progress, the_plan, curve, bar, tokens_per_step, more())
+                bar.set_postfix_str(status, refresh=False)
                 if bar.disable and time.perf_counter() - last_line >= _SECONDS_BETWEEN_LINES:
                     last_line = time.perf_counter()
-                    status = _postfix(progress, the_plan, curve, bar, tokens_per_step, more())
                     print(f"step {state.step} of {the_plan.num_steps}: {status}", flush=True)
             if is_due:
                 save(state, info)
