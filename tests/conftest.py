@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import subprocess
 import tempfile
 
 import hypothesis
@@ -32,10 +33,21 @@ hypothesis.settings.register_profile("jaxdp", deadline=None, max_examples=50, de
 hypothesis.settings.load_profile("jaxdp")
 
 
+def is_unoptimized(item: pytest.Item) -> bool:
+    mark = item.get_closest_marker("unoptimized")
+    return mark is not None and mark.args != (False,)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The marked tests of a file one after the other: with every switch, compiled programs are forgotten."""
+    files: dict[pathlib.Path, int] = {}
+    items.sort(key=lambda item: (files.setdefault(item.path, len(files)), not is_unoptimized(item)))
+
+
 @pytest.hookimpl(tryfirst=True)  # before the fixtures of a module
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    mark = item.get_closest_marker("unoptimized")
-    unoptimized.switch(mark is not None and mark.args != (False,))
+    unoptimized.switch(is_unoptimized(item))
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +64,27 @@ def standard_promotion():
     """For tests through `optax.adam`, whose own arithmetic mixes dtypes."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture
+def jaxdp_here(monkeypatch, capfd, standard_promotion):
+    """Runs `jaxdp ...` in this process, for what a process of its own would not change: it need not load and compile again."""
+    from jaxdp.cli import main
+
+    def run(*args, cwd, check=True):
+        returncode = 0
+        with monkeypatch.context() as patch:
+            patch.chdir(cwd)
+            try:
+                main([*map(str, args)])
+            except SystemExit as end:
+                returncode = end.code
+        result = subprocess.CompletedProcess(args, returncode, *capfd.readouterr())
+        if check:
+            assert result.returncode == 0, result.stdout + result.stderr
+        return result
+
+    return run
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ LIBRARIES = (
     "jax",
     "jax.experimental.pallas",
     "optax",
-    "flax",
+    "flax.nnx",
     "orbax.checkpoint",
     "dp_accounting",
     "scipy.stats",

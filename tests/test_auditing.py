@@ -19,6 +19,7 @@ from jaxdp.auditing.bounds import guess, p_value_of_pair
 from jaxdp.auditing.one_run import curve_lower_bound
 from jaxdp.zeroth_order import Placement
 
+pytestmark = pytest.mark.unoptimized
 CANARY_NORM = 10.0  # ten clip norms
 SIGNIFICANCE = 0.05
 

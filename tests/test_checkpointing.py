@@ -13,7 +13,7 @@ import pytest
 
 import jaxdp
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = [pytest.mark.usefixtures("standard_promotion"), pytest.mark.unoptimized]
 
 
 def make_plan(**kwargs):

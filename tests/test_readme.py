@@ -33,42 +33,43 @@ def is_of_a_language_model(command: str) -> bool:
     return command.split()[3] in ("finetune", "generate", "export-trajectory", "replay")
 
 
-def run(command: str, folder: pathlib.Path) -> str:
-    result = subprocess.run(
-        [sys.executable, *shlex.split(command)[1:]],
-        cwd=folder,
-        env=user_environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+@pytest.fixture
+def run(jaxdp_here, tmp_path):
+    """A command, in this process."""
+
+    def run(command: str) -> str:
+        start, arguments = shlex.split(command)[:3], shlex.split(command)[3:]
+        assert start == ["python", "-m", "jaxdp"]
+        return jaxdp_here(*arguments, cwd=tmp_path).stdout
+
+    return run
 
 
 FIRST = "python -m jaxdp train"  # run, and its files read back, in tests/cli/test_train.py
 
 
+@pytest.mark.unoptimized
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "command", [each for each in jaxdp_commands() if each != FIRST and not is_of_a_language_model(each)]
 )
-def test_the_commands_run(command, tmp_path):
-    run(command, tmp_path)
+def test_the_commands_run(command, run):
+    run(command)
 
 
+@pytest.mark.unoptimized
 @pytest.mark.slow
-def test_the_commands_of_a_language_model_run_one_after_the_other(jaxdp_data, tmp_path):
+def test_the_commands_of_a_language_model_run_one_after_the_other(jaxdp_data, tmp_path, run):
     (tmp_path / "models").symlink_to(jaxdp_data / "models")
     tales = (jaxdp_data / "text" / "GrimmsFairyTales.txt").read_text(encoding="utf-8").split("\n\n")
     (tmp_path / "private.txt").write_text("\n\n".join(tales[:-100]), encoding="utf-8")
     (tmp_path / "public.txt").write_text("\n\n".join(tales[-100:]), encoding="utf-8")
     finetune, generate, stream, export, replay = filter(is_of_a_language_model, jaxdp_commands())
-    assert "epsilon 8 at delta" in run(finetune, tmp_path)
-    assert "Once upon a time" in run(generate, tmp_path)
-    assert "epsilon 8 at delta" in run(stream, tmp_path)
-    run(export, tmp_path)
-    run(replay, tmp_path)
+    assert "epsilon 8 at delta" in run(finetune)
+    assert "Once upon a time" in run(generate)
+    assert "epsilon 8 at delta" in run(stream)
+    run(export)
+    run(replay)
     released, again = (tmp_path / name / "model" / "model.safetensors" for name in ("streamed", "again"))
     assert released.read_bytes() == again.read_bytes()
 
@@ -78,6 +79,7 @@ def test_the_first_two_commands_are_the_ones_that_ci_runs():
     assert "pip install -q -e '.[test]' && pytest" in (ROOT / ".ci" / "run").read_text()
 
 
+@pytest.mark.unoptimized
 @pytest.mark.slow
 def test_the_code_runs_as_one_program(tmp_path):
     program = "\n".join(blocks("python"))

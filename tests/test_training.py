@@ -10,6 +10,7 @@ import pytest
 import jaxdp
 from jaxdp import training
 
+pytestmark = pytest.mark.unoptimized
 ADD_REMOVE = jaxdp.NeighboringRelation.ADD_OR_REMOVE_ONE
 
 
@@ -48,8 +49,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("microbatch_size", [None, 5])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(("name", "microbatch_size"), [*((name, None) for name in OPTIMIZERS), ("adam", 5)])
 def test_no_noise_and_infinite_clip_is_the_ordinary_optimizer(name, microbatch_size, params, loss_fn, data):
     plan = make_plan(0.0, jaxdp.flat(np.inf))
     state, _ = train(plan, loss_fn, params, data, tx=OPTIMIZERS[name](), microbatch_size=microbatch_size)
@@ -127,7 +127,7 @@ def test_frozen_arrays_are_what_a_closure_over_them_would_be(params, loss_fn, da
     for _ in range(2):
         state, _ = step(state, batch, mask, frozen)
         closed, _ = closed_step(closed, batch, mask)
-    chex.assert_trees_all_close(state.params, closed.params, rtol=1e-6)
+    chex.assert_trees_all_close(state.params, closed.params, rtol=1e-5)
     chex.assert_trees_all_equal(frozen, before)
     after_two = len(traces)
     moved, _ = step(
@@ -175,6 +175,7 @@ def test_init_copies_and_the_callers_arrays_survive(params, loss_fn, data, key):
     assert float(jnp.abs(state.params["first"]["kernel"] - before["first"]["kernel"]).max()) > 0
 
 
+@pytest.mark.unoptimized(False)  # donation
 @pytest.mark.usefixtures("standard_promotion")
 def test_the_state_is_donated(params, loss_fn, data):
     init, step = jaxdp.make_dp_step(loss_fn, optax.adam(0.1), make_plan())

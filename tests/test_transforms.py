@@ -10,6 +10,8 @@ from flax import nnx
 
 import jaxdp
 
+pytestmark = pytest.mark.unoptimized
+
 
 def make_plan(noise_multiplier=1.0, clipping=None, **kwargs):
     settings = {"num_examples": 40, "sampling_prob": 0.2, "num_steps": 20, "padded_batch_size": 8, "target_delta": 1e-3}

@@ -45,6 +45,12 @@ def _with_ours(*args: Any, env_options_overrides: dict[str, Any] | None = None, 
 compiler.get_compile_options = _with_ours
 
 
+def xla_flags() -> str:
+    """For a process that the test starts: what it compiles there, it compiles like here."""
+    known = _known_options() if _is_on else {}  # XLA aborts on a flag that it does not have
+    return " ".join(f"--{name}={str(value).lower()}" for name, value in known.items())
+
+
 def switch(is_on: bool) -> None:
     """From here on; programs of the other kind are not used again."""
     global _is_on

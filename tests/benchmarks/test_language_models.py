@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.language_models import Gpt2, Llama, _rotate
 
+pytestmark = pytest.mark.unoptimized
 TINY = {"num_blocks": 2, "width": 8, "num_heads": 2, "length": 6, "vocabulary": 11}
 MODELS = {
     "gpt2": Gpt2(**TINY, positions=9),

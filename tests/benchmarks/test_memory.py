@@ -10,6 +10,7 @@ from benchmarks import memory
 from benchmarks.language_models import Gpt2
 from benchmarks.peers import METHODS, Contender
 
+pytestmark = pytest.mark.unoptimized
 TINY = Gpt2(num_blocks=1, width=8, num_heads=2, length=6, vocabulary=11, positions=6)
 CONFIG = memory.Config(gpt2=TINY, batch=4, microbatch_size=2, methods="two_pass", peers="optax", forms="scan_remat")
 

@@ -15,6 +15,7 @@ from benchmarks.zeroth_order_problems import PROBLEMS, Problem
 from jaxdp.zeroth_order import Placement
 from tests.zeroth_order.models import bits
 
+pytestmark = pytest.mark.unoptimized
 TINY = PROBLEMS["tiny"]
 
 

@@ -12,6 +12,7 @@ from benchmarks.zeroth_order_cost import Config, Counting
 from benchmarks.zeroth_order_problems import PROBLEMS
 from tests.zeroth_order.models import bits
 
+pytestmark = pytest.mark.unoptimized
 TINY = PROBLEMS["tiny"]
 SMALL = Config(problem="tiny", batch=2, length=8, num_directions=(1, 3), rounds=2, turn_seconds=0.0)
 

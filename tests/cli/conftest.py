@@ -8,7 +8,6 @@ import sys
 import jax
 import pytest
 
-from jaxdp.cli import main
 from jaxdp.models import causal_lm
 from jaxdp.models.saving import save_model
 from jaxdp.models.weights import Pretrained
@@ -83,26 +82,6 @@ def jaxdp_command(user_environment):
     def run(*args, cwd, check=True):
         command = [sys.executable, "-W", "error::UserWarning", "-m", "jaxdp", *map(str, args)]
         result = subprocess.run(command, cwd=cwd, env=user_environment, capture_output=True, text=True, timeout=300)
-        if check:
-            assert result.returncode == 0, result.stdout + result.stderr
-        return result
-
-    return run
-
-
-@pytest.fixture
-def jaxdp_here(monkeypatch, capfd, standard_promotion):
-    """Runs `jaxdp ...` in this process, for what a process of its own would not change: it need not load and compile again."""
-
-    def run(*args, cwd, check=True):
-        returncode = 0
-        with monkeypatch.context() as patch:
-            patch.chdir(cwd)
-            try:
-                main([*map(str, args)])
-            except SystemExit as end:
-                returncode = end.code
-        result = subprocess.CompletedProcess(args, returncode, *capfd.readouterr())
         if check:
             assert result.returncode == 0, result.stdout + result.stderr
         return result

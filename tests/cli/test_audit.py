@@ -11,6 +11,7 @@ from jaxdp import cli
 from jaxdp.cli import audit
 from jaxdp.cli.audit import Audit, run
 
+pytestmark = pytest.mark.unoptimized
 # Full batches of mu = 1: epsilon 4.4.
 SMALL = "--method dp-sgd --canaries 1000 --num-steps 4 --sampling-prob 1 --noise-multiplier 2 --seed 5"
 

@@ -12,6 +12,7 @@ import pytest
 import jaxdp
 from jaxdp.cli import meters, plan_check, update_check
 
+pytestmark = pytest.mark.unoptimized
 TRAINABLE = {"used": np.ones(3, np.float32), "other": np.ones(2, np.float32)}
 FROZEN = {"kernel": np.ones((2, 3), np.float32)}
 DATA = {"x": np.ones((20, 2), np.float32)}

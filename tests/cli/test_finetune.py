@@ -1,6 +1,6 @@
 """`jaxdp finetune` as a person runs it: in a process of its own, killed and resumed, with its folders read back.
 
-The first run, its model's `generate` and the killed have processes of their own; the others share this one.
+The first run and the killed have processes of their own; runs that differ in options alone, and resumed ones, share this one.
 """
 
 import json
@@ -41,6 +41,7 @@ def report_of(folder) -> dict:
     return json.loads((folder / "report.json").read_text())
 
 
+@pytest.mark.unoptimized
 @pytest.mark.slow
 def test_a_run_writes_a_model_a_card_and_a_report(gpt2, texts, tmp_path, jaxdp_command, jaxdp_here):
     out = tmp_path / "out"
@@ -81,7 +82,7 @@ def test_a_run_writes_a_model_a_card_and_a_report(gpt2, texts, tmp_path, jaxdp_c
     )
     # The folder is a model like any other.
     again = ["--model", out / "model", "--prompt", "the cat", "--max-new-tokens", "5"]
-    assert jaxdp_command("generate", *again, cwd=tmp_path).stdout.startswith("the cat")
+    assert jaxdp_here("generate", *again, cwd=tmp_path).stdout.startswith("the cat")
     # A finished run is not resumed, and not overwritten.
     for more, message in ((["--resume"], "is complete"), ([], "nothing was overwritten")):
         refused = jaxdp_here("finetune", "--model", gpt2, *args, *SMALL, "--out", out, *more, cwd=tmp_path, check=False)
@@ -105,7 +106,7 @@ def test_lora_writes_an_adapter_and_on_request_the_merged_model(gpt2, texts, tmp
     tokens = np.arange(1, 20)
     logits = model.logits(params, tokens)
     assert np.max(np.abs(np.asarray(logits - base.model.logits(base.params, tokens)))) > 1e-3
-    np.testing.assert_allclose(merged.model.logits(merged.params, tokens), logits, atol=1e-5)
+    np.testing.assert_allclose(merged.model.logits(merged.params, tokens), logits, atol=1e-4)
     assert "privacy" in (out / "adapter" / "README.md").read_text()
     text = ["--model", gpt2, "--adapter", out / "adapter", "--prompt", "the", "--max-new-tokens", "3"]
     jaxdp_here("generate", *text, cwd=tmp_path)
@@ -118,6 +119,7 @@ def test_lora_writes_an_adapter_and_on_request_the_merged_model(gpt2, texts, tmp
         assert np.any(first[name] != second[name]) == name.endswith("lora_b"), name
 
 
+@pytest.mark.unoptimized
 @pytest.mark.slow
 @pytest.mark.parametrize(("tune", "moves"), [("bitfit", "/bias"), ("last-k", "blocks/")])
 def test_what_is_frozen_is_released_bit_for_bit(tune, moves, gpt2, texts, tmp_path, jaxdp_here):
@@ -131,12 +133,13 @@ def test_what_is_frozen_is_released_bit_for_bit(tune, moves, gpt2, texts, tmp_pa
             np.testing.assert_array_equal(before[name][:-1], after[name][:-1])
 
 
+@pytest.mark.unoptimized  # all three alike
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_model_bit_for_bit(gpt2, texts, tmp_path, user_environment, jaxdp_here):
     """SIGKILL at any moment. The uninterrupted twin starts from a copy of the first checkpoint, so it has the same keys."""
     run_dir, twin = tmp_path / "killed", tmp_path / "twin"
     args = ["finetune", "--model", gpt2, "--data", texts / "private.txt", "--record", "line", *FAST]
-    args += ["--num-steps", "400", "--checkpoint-every", "20", "--tune", "lora", "--clipping", "quantile"]
+    args += ["--num-steps", "80", "--checkpoint-every", "20", "--tune", "lora", "--clipping", "quantile"]
     args += ["--schedule", "cosine", "--warmup-steps", "20", "--out"]
 
     def checkpoints(folder):
@@ -163,7 +166,7 @@ def test_a_killed_run_resumes_to_the_same_model_bit_for_bit(gpt2, texts, tmp_pat
             shutil.rmtree(twin / "checkpoints" / str(step))
     newest = max(checkpoints(run_dir), default=0)
     wait_for(lambda: max(checkpoints(run_dir), default=0) > newest, process)
-    time.sleep(np.random.default_rng().uniform(0.0, 0.3))
+    time.sleep(np.random.default_rng().uniform(0.0, 0.2))
     process.send_signal(signal.SIGKILL)
     output, _ = process.communicate()
     assert process.returncode == -signal.SIGKILL, output.decode()
@@ -174,6 +177,7 @@ def test_a_killed_run_resumes_to_the_same_model_bit_for_bit(gpt2, texts, tmp_pat
     assert report_of(run_dir)["updates"] == report_of(run_dir)["updates"] | {"warnings": [], "unmoved_trainable": []}
 
 
+@pytest.mark.unoptimized
 @pytest.mark.slow
 def test_classes_and_users_and_completions(gpt2, texts, tmp_path, jaxdp_here):
     reviews = ["--model", gpt2, "--data", texts / "reviews.jsonl", "--eval", texts / "reviews.jsonl"]
@@ -197,6 +201,7 @@ def test_classes_and_users_and_completions(gpt2, texts, tmp_path, jaxdp_here):
     assert "not differentially private" in (tmp_path / "prompts" / "README.md").read_text()
 
 
+@pytest.mark.unoptimized
 @pytest.mark.slow
 def test_a_silent_leaf_is_loud(gpt2, texts, tmp_path, jaxdp_here):
     """An update too small for the parameters is an update that does not happen."""
@@ -289,6 +294,7 @@ def test_bad_command_lines_exit_2_and_touch_nothing(name, workplace, capsys):
     assert workplace() == before
 
 
+@pytest.mark.unoptimized
 def test_a_step_that_does_not_fit_is_refused_with_a_remedy(workplace, monkeypatch, capsys, standard_promotion):
     monkeypatch.setattr(meters, "available_memory", lambda: (100_000, "a test"))
     before = workplace()
@@ -298,6 +304,7 @@ def test_a_step_that_does_not_fit_is_refused_with_a_remedy(workplace, monkeypatc
     assert workplace() == before
 
 
+@pytest.mark.unoptimized
 @pytest.mark.slow
 def test_a_run_is_resumed_with_its_own_settings_and_data_only(
     workplace, texts, gpt2, capsys, monkeypatch, standard_promotion

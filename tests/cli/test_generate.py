@@ -4,6 +4,8 @@ import pytest
 
 from jaxdp.cli import main
 
+pytestmark = pytest.mark.unoptimized
+
 
 def run(capsys, *args) -> str:
     main(["generate", *map(str, args)])

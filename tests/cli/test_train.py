@@ -64,11 +64,12 @@ def test_with_no_arguments_it_trains_digits_at_epsilon_3(tmp_path, jaxdp_here):
     assert (folder / "report.json").read_bytes() == before
 
 
+@pytest.mark.unoptimized  # all four alike
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_parameters_bit_for_bit(tmp_path, jaxdp_here):
     """SIGKILL at any moment. The uninterrupted twin starts from a copy of the first checkpoint, so it has the same keys."""
     run_dir = tmp_path / "killed"
-    args = [*FAST, "--num-steps", "1500", "--checkpoint-every", "50", "--out"]
+    args = [*FAST, "--num-steps", "600", "--checkpoint-every", "50", "--out"]
     process = subprocess.Popen(
         [*COMMAND, *args, str(run_dir)],
         cwd=tmp_path,
@@ -107,7 +108,7 @@ def test_a_killed_run_resumes_to_the_same_parameters_bit_for_bit(tmp_path, jaxdp
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, out + err
     assert "resumed after step" in out
-    run(tmp_path, *args, str(twin), "--resume")
+    jaxdp_here("train", *args, twin, "--resume", cwd=tmp_path)
     ours, theirs = (np.load(folder / "model.npz") for folder in (run_dir, twin))
     assert ours.files == theirs.files
     for name in ours.files:
@@ -121,6 +122,7 @@ def test_a_killed_run_resumes_to_the_same_parameters_bit_for_bit(tmp_path, jaxdp
     assert "is complete" in again.stderr
 
 
+@pytest.mark.unoptimized
 @pytest.mark.slow
 def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path, jaxdp_here):
     args = [*FAST, "--num-steps", "20000", "--checkpoint-every", "50"]
@@ -148,6 +150,7 @@ def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path, jaxdp_here):
     assert "learning_rate: 2.0 there, 0.1 here" in other.stderr
 
 
+@pytest.mark.unoptimized
 @pytest.mark.slow
 def test_the_baseline_has_no_epsilon_and_every_policy_trains(tmp_path, jaxdp_here):
     jaxdp_here("train", *SMALL, "--no-privacy", "--out", "baseline", cwd=tmp_path)

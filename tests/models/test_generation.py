@@ -62,7 +62,7 @@ def test_a_cache_in_pieces_gives_the_same_hidden_states(golden):
     for start, stop in ((0, 11), (11, 12), (12, 23)):
         piece = slice(start, stop)
         out, cache = run(block, hidden[piece], positions[piece], cache)
-        np.testing.assert_allclose(out, expected[piece], atol=1e-5)
+        np.testing.assert_allclose(out, expected[piece], atol=1e-4)
 
 
 def test_segments_generate_the_same(load):

@@ -120,12 +120,12 @@ def test_bfloat16_is_close_and_returns_float32(golden):
 
 def test_remat_and_segments_change_nothing(golden):
     plain = golden.logits()
-    np.testing.assert_allclose(golden.logits(remat=True), plain, atol=1e-5)
+    np.testing.assert_allclose(golden.logits(remat=True), plain, atol=TOLERANCE)
     first, last = (
         jax.tree.map(lambda leaf, part=part: leaf[part], golden.params["blocks"]) for part in (np.s_[:1], np.s_[1:])
     )
     segmented = dataclasses.replace(golden, params=golden.params | {"blocks": (first, last)})
-    np.testing.assert_allclose(segmented.logits(), plain, atol=1e-5)
+    np.testing.assert_allclose(segmented.logits(), plain, atol=TOLERANCE)
 
 
 def test_blocks_one_by_one_on_numpy_arrays_equal_logits(golden):
@@ -139,7 +139,7 @@ def test_blocks_one_by_one_on_numpy_arrays_equal_logits(golden):
         hidden, cache = model.block(block, hidden, positions)
         assert cache is None
     logits = model.head(params["head"], params["embed"], hidden)
-    np.testing.assert_allclose(logits, golden.logits()[0], atol=1e-5)
+    np.testing.assert_allclose(logits, golden.logits()[0], atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["mistral", "opt_post_norm"])

@@ -12,6 +12,7 @@ import safetensors.numpy
 
 from jaxdp.models import Lora, add_adapters, load_adapter, load_model, merge, parts, save_adapter
 
+pytestmark = pytest.mark.unoptimized
 HERE = pathlib.Path(__file__).parent
 NAMES = sorted(path.name for path in (HERE / "peft_goldens").iterdir())
 BASES = sorted(path.name for path in (HERE / "goldens").iterdir())

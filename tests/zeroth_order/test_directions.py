@@ -1,5 +1,6 @@
 """Directions are functions of their address, have unit covariance, and are the same bits everywhere (S17)."""
 
+import functools
 import math
 
 import jax
@@ -20,11 +21,18 @@ SHAPES = {
 }
 
 
-def draw(law, *, step=0, k=0, block=0, shapes=SHAPES, seed=7):
-    root = jax.random.key_data(jax.random.key(seed))
-    return jax.jit(lambda *at: directions.leaf_directions(law, root, step=at[0], k=at[1], block=at[2], shapes=shapes))(
-        jnp.uint32(step), jnp.uint32(k), jnp.uint32(block)
+def program(law, shapes):
+    return jax.jit(
+        lambda root, *at: directions.leaf_directions(law, root, step=at[0], k=at[1], block=at[2], shapes=shapes)
     )
+
+
+program_of_all_shapes = functools.cache(functools.partial(program, shapes=SHAPES))
+
+
+def draw(law, *, step=0, k=0, block=0, by=None, seed=7):
+    by = program_of_all_shapes(law) if by is None else by
+    return by(jax.random.key_data(jax.random.key(seed)), jnp.uint32(step), jnp.uint32(k), jnp.uint32(block))
 
 
 def flat(tree) -> np.ndarray:
@@ -101,13 +109,14 @@ def test_every_part_of_the_address_matters_and_nothing_else(law):
     np.testing.assert_array_equal(base, flat(eager))  # in one program, or operation by operation
 
 
+@pytest.mark.unoptimized
 def test_small_and_large_blocks_have_one_stream(monkeypatch):
     """A block is drawn in one run of the cipher or leaf by leaf: the same bits."""
     for law in LAWS:
         at_once = flat(draw(law))
         with monkeypatch.context() as patch:
             patch.setattr(directions, "_AT_ONCE", 0)
-            np.testing.assert_array_equal(at_once, flat(draw(law)))
+            np.testing.assert_array_equal(at_once, flat(draw(law, by=program(law, SHAPES))))
 
 
 def test_counters_go_on_beyond_32_bits():
@@ -117,6 +126,7 @@ def test_counters_go_on_beyond_32_bits():
     np.testing.assert_array_equal(np.stack([high, low], 1), np.asarray(expected, np.uint32))
 
 
+@pytest.mark.unoptimized
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: type(law).__name__)
 def test_the_covariance_is_the_identity(law):
     shapes = {"kernel": jax.ShapeDtypeStruct((2, 3), jnp.float32), "bias": jax.ShapeDtypeStruct((2,), jnp.float32)}
@@ -132,14 +142,16 @@ def test_the_covariance_is_the_identity(law):
     np.testing.assert_allclose(z.T @ z / len(z), np.eye(8), atol=0.08)
 
 
+@pytest.mark.unoptimized
 def test_gaussian_is_nearly_normal():
     shapes = {"w": jax.ShapeDtypeStruct((200_000,), jnp.float32)}
-    z = flat(draw(Gaussian(), shapes=shapes))
+    z = flat(draw(Gaussian(), by=program(Gaussian(), shapes)))
     assert stats.kstest(z, "norm").statistic < 1.8e-3 + 1.63 / math.sqrt(z.size)
     assert abs(stats.kurtosis(z) + 0.04) < 0.05
     assert stats.kstest(z / 1.02, "norm").pvalue < 1e-6  # and would show 2 % of the std
 
 
+@pytest.mark.unoptimized
 def test_low_rank_has_its_rank_and_keeps_its_subspace():
     law = LowRank(rank=2, refresh_every=3)
     steps = [np.asarray(draw(law, step=t)["kernel"]) for t in range(4)]

@@ -11,6 +11,8 @@ from jaxdp.zeroth_order.directions import leaf_directions
 from jaxdp.zeroth_order.estimators import shifted
 from tests.zeroth_order.models import bits, toy, toy_batch, toy_params
 
+pytestmark = pytest.mark.unoptimized
+
 
 def direction(law, params: BlockParams, key, step, k) -> BlockParams:
     """The whole direction of (step, k), block by block."""

@@ -77,7 +77,7 @@ def test_generated_objectives_score_what_generate_writes(tuned):
     assert 0.1 < np.mean(scores) < 0.9
     options = {"max_new_tokens": 8, "stop_tokens": [EOS]}
     np.testing.assert_allclose(
-        of_rows(completion_objective(model, token_f1_error, **options), params, batch), scores, atol=1e-6
+        of_rows(completion_objective(model, token_f1_error, **options), params, batch), scores, atol=1e-5
     )
     seen = []
 
@@ -87,7 +87,7 @@ def test_generated_objectives_score_what_generate_writes(tuned):
 
     on_host = host_objective(on_strings, lambda ids: " ".join(map(str, ids)))
     np.testing.assert_allclose(
-        of_rows(completion_objective(model, on_host, **options), params, batch), scores, atol=1e-6
+        of_rows(completion_objective(model, on_host, **options), params, batch), scores, atol=1e-5
     )
     assert {answer for answer, _ in seen[1:]} == {" ".join(map(str, answer)) for answer in answers}
 
@@ -137,7 +137,7 @@ def test_token_f1_is_that_of_multisets():
     cases = [([3, 3, 4], [3, 5, 3, 3]), ([7], []), ([], [7]), ([], []), ([5, 6], [6, 5]), ([1, 1, 1], [1])]
     for answer, reference in cases:
         padded = [jnp.asarray([*row, -1, -1, -1, -1][:6], jnp.int32) for row in (answer, reference)]
-        np.testing.assert_allclose(token_f1_error(*padded), 1 - f1(answer, reference), atol=1e-6)
+        np.testing.assert_allclose(token_f1_error(*padded), 1 - f1(answer, reference), atol=1e-5)
 
 
 def logistic(num_examples=128):

@@ -30,6 +30,7 @@ from jaxdp.zeroth_order import (
 )
 from tests.zeroth_order.models import bits, toy, toy_batch, toy_params
 
+pytestmark = pytest.mark.unoptimized
 B = 6
 NOISE_KEY = jax.random.key(7, impl="threefry2x32")
 

@@ -10,6 +10,8 @@ from jaxdp.zeroth_order.directions import Factors, leaf_directions
 from jaxdp.zeroth_order.side_path import apply_along
 from tests.zeroth_order.models import bits, language_model, token_batch, toy, toy_batch, toy_params
 
+pytestmark = pytest.mark.unoptimized
+
 
 def factors(rng, m, n, rank=2):
     return Factors(*(jnp.asarray(rng.normal(size=(side, rank)), jnp.float32) for side in (m, n)))
@@ -66,7 +68,7 @@ def test_factors_are_the_direction(key):
     shapes = {"kernel": np.zeros((5, 7)), "bias": np.zeros(7), "stack": np.zeros((2, 3, 4))}
     dense = leaf_directions(LowRank(3), root, **at, shapes=shapes)
     found = leaf_directions(LowRank(3), root, **at, shapes=shapes, is_factored=True)
-    np.testing.assert_allclose(found["kernel"].dense(), dense["kernel"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found["kernel"].dense(), dense["kernel"], rtol=1e-5, atol=1e-5)
     for name in ("bias", "stack"):
         np.testing.assert_array_equal(found[name], dense[name])
 
@@ -109,6 +111,7 @@ def test_runs_stream_to_the_same_bits(key):
     assert found[0] == found[1]
 
 
+@pytest.mark.unoptimized(False)  # XLA's own account
 def test_no_perturbed_copy_of_a_matrix_exists(key):
     """Eight directions and both signs at once in less than the memory of the matrix; another law takes a copy for one."""
     width, K = 512, 8

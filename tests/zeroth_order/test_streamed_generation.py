@@ -19,6 +19,7 @@ from jaxdp.zeroth_order.generation import generate
 from tests.text.test_blocks import choices, whole
 from tests.zeroth_order.models import language_model, token_batch
 
+pytestmark = pytest.mark.unoptimized
 STREAMED = Placement(is_streamed=True)
 PROMPT = [4, 17, 9]
 
@@ -52,6 +53,7 @@ def test_the_tokens_are_those_of_the_resident_model(tiny, key):
     assert not any(leaf.is_deleted() for bucket in state.blocks for leaf in jax.tree.leaves(bucket))
 
 
+@pytest.mark.unoptimized(False)  # bits
 def test_the_logits_are_the_same_bits(tiny, monkeypatch):
     """Of every token, from the compiled programs themselves: a scan over blocks, and one block after the other."""
     model, _, params, written = tiny

@@ -53,7 +53,13 @@ def replay(model, params, key, infos, **options):
 
 @pytest.mark.parametrize(
     ("law", "num_directions"),
-    [(Rademacher(), 1), (Rademacher(), 4), (Gaussian(), 1), (Gaussian(), 4), (LowRank(), 2)],
+    [
+        (Rademacher(), 1),
+        (Rademacher(), 4),
+        (LowRank(), 2),
+        pytest.param(Gaussian(), 1, marks=pytest.mark.unoptimized),
+        pytest.param(Gaussian(), 4, marks=pytest.mark.unoptimized),
+    ],
     ids=lambda value: value if isinstance(value, int) else type(value).__name__,
 )
 def test_streamed_resident_and_replayed_are_the_same_bits(law, num_directions, key):
@@ -70,7 +76,7 @@ def test_streamed_resident_and_replayed_are_the_same_bits(law, num_directions, k
     assert bits(replay(toy(), params, key, infos, **options)) == bits(resident)
 
 
-@pytest.mark.parametrize("name", ["opt", "llama"])
+@pytest.mark.parametrize("name", [pytest.param("opt", marks=pytest.mark.unoptimized), "llama"])
 def test_language_models_stream_to_the_same_bits(name, key):
     _, model, params = language_model(name)
     batch = token_batch()
@@ -80,6 +86,7 @@ def test_language_models_stream_to_the_same_bits(name, key):
     assert bits(replay(model, params, key, infos)) == bits(resident)
 
 
+@pytest.mark.unoptimized
 @pytest.mark.parametrize(
     "sgd",
     [
@@ -112,7 +119,7 @@ def test_the_update_is_its_equation(sgd, key):
 
         w = jax.tree_util.tree_map_with_path(moved, w, velocity)
     for expected, leaf in zip(jax.tree.leaves(w), jax.tree.leaves(found), strict=True):
-        np.testing.assert_allclose(leaf, expected, rtol=2e-5, atol=2e-6)
+        np.testing.assert_allclose(leaf, expected, rtol=2e-5, atol=1e-5)
 
 
 def test_the_last_update_is_not_lost(key):
@@ -137,6 +144,7 @@ def test_a_deferred_update_has_the_learning_rate_of_its_own_step(key):
     assert bits(one) == bits(three) != bits(toy_params())
 
 
+@pytest.mark.unoptimized
 def test_a_tied_leaf_has_one_direction_and_one_decay(key):
     """The table is read by embed and loss: with a zero gradient it decays once, and both reads see one perturbation."""
     seen = []
@@ -151,7 +159,7 @@ def test_a_tied_leaf_has_one_direction_and_one_decay(key):
     model = BlockModel(embed, toy().block, loss)
     params = toy_params()
     found, _ = run(model, params, toy_batch(), key, num_steps=1, sgd=Sgd(0.1, weight_decay=1.0))
-    np.testing.assert_allclose(found.resident["table"], 0.9 * params.resident["table"], rtol=1e-6)
+    np.testing.assert_allclose(found.resident["table"], 0.9 * params.resident["table"], rtol=1e-5)
 
     def difference(resident, hidden, example):  # hidden is x @ table as embed saw it
         return jnp.sum(jnp.square(hidden - example["x"] @ resident["table"]))
@@ -181,6 +189,7 @@ def test_non_finite_examples_count_as_absent(key):
     assert bits(steps.flush(state).params()) == bits(params)
 
 
+@pytest.mark.unoptimized
 def test_fzoo_divides_by_the_spread(key):
     """arXiv 2506.09034: w - eta / (N s) sum_i (l_i - l_0) u_i, s the population std of the l_i; without spread, no step."""
     params, batch = toy_params(), toy_batch()
@@ -194,6 +203,7 @@ def test_fzoo_divides_by_the_spread(key):
     np.testing.assert_array_equal(found[0].scalars.projected_gradients, np.zeros(4))
 
 
+@pytest.mark.unoptimized
 @pytest.mark.parametrize("estimator", [OneSided(3), ForwardMode(3)], ids=lambda estimator: type(estimator).__name__)
 def test_other_estimators_stream_to_the_same_bits(estimator, key):
     options = {"estimator": estimator, "num_steps": 3}
@@ -210,25 +220,7 @@ def test_windowed_write_back_is_exact_in_float32(key):
     assert bits(replay(toy(), toy_params(), key, infos, write_every=3)) == bits(every)
 
 
-def test_large_blocks_are_changed_leaf_by_leaf_to_the_same_bits(key, monkeypatch):
-    """A block above a million entries is updated leaf by leaf, in place; a small one in one piece."""
-    params = toy_params(dtype=jnp.bfloat16)
-
-    def replayed():
-        steps = make_step(toy(), Sgd(1.0), estimator=TwoSided(2), write_every=2, rounding="stochastic")
-        state = steps.init(params, direction_key=key)
-        for _ in range(3):
-            state = steps.replay(state, Scalars(jnp.asarray([0.5, -2.0], jnp.float32), jnp.float32(0.1)))
-        return bits(steps.flush(state).params())
-
-    at_once = replayed()
-    monkeypatch.setattr(directions, "_AT_ONCE", 0)
-    jax.clear_caches()  # the threshold is read while tracing
-    by_leaf = replayed()
-    jax.clear_caches()
-    assert at_once == by_leaf != bits(params)
-
-
+@pytest.mark.unoptimized
 def test_small_updates_vanish_in_bfloat16_unless_rounded_stochastically_or_gathered(key):
     """S19: lr g z below half a unit in the last place is lost by rounding to nearest at every step."""
     params = toy_params(width=32, dtype=jnp.bfloat16)
@@ -254,6 +246,7 @@ def test_small_updates_vanish_in_bfloat16_unless_rounded_stochastically_or_gathe
     assert abs(arrived(rounding="stochastic") - 1) < 0.3
 
 
+@pytest.mark.unoptimized
 def test_frozen_parameters_are_joined_and_never_change(key):
     """A bias trained below frozen kernels is the run whose kernels are simply not perturbed."""
     params, batch = toy_params(), toy_batch()
@@ -268,6 +261,7 @@ def test_frozen_parameters_are_joined_and_never_change(key):
     np.testing.assert_array_equal(steps.losses(state, batch), steps.losses(whole, batch))
 
 
+@pytest.mark.unoptimized
 @pytest.mark.parametrize("format", ["int6", "int4"])
 def test_frozen_blocks_may_be_quantized(format, key):
     """A run on packed weights is the run on the weights that they stand for, streamed or resident."""
@@ -280,7 +274,7 @@ def test_frozen_blocks_may_be_quantized(format, key):
     streamed, _ = run(toy(), trained, batch, key, frozen=BlockParams(params.resident, packed), placement=STREAMED)
     assert bits(resident) == bits(streamed) != bits(trained)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(resident), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     steps = make_step(toy(), Sgd(1e-2), placement=STREAMED)
     state = steps.init(trained, direction_key=key, frozen=BlockParams(params.resident, packed))
     assert {name: leaf.dtype.name for name, leaf in state.frozen.blocks[0].items()} == {"uint8": "uint8"}
@@ -288,6 +282,7 @@ def test_frozen_blocks_may_be_quantized(format, key):
         steps.init(BlockParams(params.resident, packed), direction_key=key)
 
 
+@pytest.mark.unoptimized
 def test_losses_stream(key):
     _, model, params = language_model("opt")
     batch = token_batch()
@@ -309,6 +304,7 @@ def test_host_arrays_wait_on_the_host_and_are_given_up(key):
     assert not any(leaf.is_deleted() for bucket in after.waiting.blocks for leaf in jax.tree.leaves(bucket))
 
 
+@pytest.mark.unoptimized
 def test_programs_do_not_grow_with_depth(key):
     """Twice the blocks: no further program is compiled."""
     from jaxdp.zeroth_order import programs
@@ -318,6 +314,26 @@ def test_programs_do_not_grow_with_depth(key):
         run(toy(), toy_params(num_blocks=num_blocks, width=6), toy_batch(), key, num_steps=2)
         sizes.append([f._cache_size() for f in (programs.visit_and_keep, programs.visit_and_write, programs.settle)])
     assert sizes[0] == sizes[1]
+
+
+@pytest.mark.unoptimized
+def test_large_blocks_are_changed_leaf_by_leaf_to_the_same_bits(key, monkeypatch):
+    """A block above a million entries is updated leaf by leaf, in place; a small one in one piece."""
+    params = toy_params(dtype=jnp.bfloat16)
+
+    def replayed():
+        steps = make_step(toy(), Sgd(1.0), estimator=TwoSided(2), write_every=2, rounding="stochastic")
+        state = steps.init(params, direction_key=key)
+        for _ in range(3):
+            state = steps.replay(state, Scalars(jnp.asarray([0.5, -2.0], jnp.float32), jnp.float32(0.1)))
+        return bits(steps.flush(state).params())
+
+    at_once = replayed()
+    monkeypatch.setattr(directions, "_AT_ONCE", 0)
+    jax.clear_caches()  # the threshold is read while tracing
+    by_leaf = replayed()
+    jax.clear_caches()
+    assert at_once == by_leaf != bits(params)
 
 
 def test_a_gpu_with_an_old_jax_is_refused(monkeypatch):
