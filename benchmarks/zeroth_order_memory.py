@@ -3,9 +3,9 @@
     .ci/aot python -m benchmarks.zeroth_order_memory --json benchmarks/results/zeroth_order_memory_h200_aot.json
     .ci/aot python -m benchmarks.zeroth_order_memory --base int4 --json benchmarks/results/zeroth_order_memory_int4_h200_aot.json
 
-One sequence of 2048 tokens, bfloat16, SPSA, cuDNN attention: full fine-tuning, or adapters of rank 8 above a frozen base. The
-peak is the largest sum of all that is alive at once (`jaxdp.zeroth_order.memory`). It leaves out what only a real device has:
-the CUDA context, the allocator's slack, cuDNN's workspace.
+One sequence of 2048 tokens, bfloat16, SPSA, cuDNN attention: full fine-tuning, with blocks whole and in stages, or adapters of
+rank 8 above a frozen base. The peak is the largest sum of all that is alive at once (`jaxdp.zeroth_order.memory`). It leaves out
+what only a real device has: the CUDA context, the allocator's slack, cuDNN's workspace.
 """
 
 from __future__ import annotations
@@ -25,7 +25,18 @@ from jaxdp.models.lora import is_adapter
 from jaxdp.models.trainable import parts
 from jaxdp.quantization import quantized_shapes
 from jaxdp.text import language_model_blocks
-from jaxdp.zeroth_order import BlockParams, Gaussian, Law, LowRank, Placement, Rademacher, Sgd, TwoSided
+from jaxdp.zeroth_order import (
+    BlockParams,
+    Gaussian,
+    Law,
+    LowRank,
+    Placement,
+    Rademacher,
+    Sgd,
+    Stages,
+    TwoSided,
+    split_block,
+)
 from jaxdp.zeroth_order.memory import step_memory
 
 #: Blocks, width, heads; and what ZO2 takes by NVML for one sequence of 2048 tokens in float16, in GB (its README).
@@ -102,38 +113,46 @@ def row(
         model = model.with_lora(Lora(8, 16.0, ("all-linear",)))
     trained, frozen = _shapes(model, base)
     tokens = jax.ShapeDtypeStruct((1, 1, length), jnp.int32)
-    figures: dict[str, Any] = {}
+    batch = {"tokens": tokens, "weights": jax.ShapeDtypeStruct(tokens.shape, jnp.float32)}
+    blocks = language_model_blocks(model)
 
-    def compiled(program: Any, *arguments: Any) -> Any:
-        found = h200.compile_for_h200(program, *arguments)
-        figures[program.__name__] = {
-            "device_bytes": found.device_bytes,
-            "temp_bytes": found.temp_bytes,
-            "alias_bytes": found.alias_bytes,
+    def found(stages: Stages | None) -> dict[str, Any]:
+        figures: list[dict[str, Any]] = []
+
+        def compiled(program: Any, *arguments: Any) -> Any:
+            found = h200.compile_for_h200(program, *arguments)
+            sizes = {name: getattr(found, name) for name in ("device_bytes", "temp_bytes", "alias_bytes")}
+            figures.append({"program": program.__name__, **sizes})
+            return found
+
+        memory = step_memory(
+            blocks,
+            Sgd(1e-6),
+            trained,
+            batch,
+            plan=_plan() if private else None,
+            estimator=TwoSided(num_directions),
+            law=law,
+            stages=stages,
+            frozen=frozen,
+            compiled=compiled,
+        )
+        placements = {str(prefetch): Placement(is_streamed=True, prefetch=prefetch) for prefetch in (1, 0)}
+        return {
+            "block_bytes": memory.frozen_block or memory.block,
+            "stage_bytes": memory.parts if stages else None,
+            "resident_bytes": memory.resident,
+            "programs": figures,
+            "peak_bytes": {prefetch: memory.device_peak(placement) for prefetch, placement in placements.items()},
+            "host_bytes": {prefetch: memory.host_bytes(placement) for prefetch, placement in placements.items()},
         }
-        return found
 
-    found = step_memory(
-        language_model_blocks(model),
-        Sgd(1e-6),
-        trained,
-        {"tokens": tokens, "weights": jax.ShapeDtypeStruct(tokens.shape, jnp.float32)},
-        plan=_plan() if private else None,
-        estimator=TwoSided(num_directions),
-        law=law,
-        frozen=frozen,
-        compiled=compiled,
-    )
-    placements = {str(prefetch): Placement(is_streamed=True, prefetch=prefetch) for prefetch in (1, 0)}
-    return {
-        "model": name,
-        "block_bytes": found.frozen_block or found.block,
-        "resident_bytes": found.resident,
-        "programs": figures,
-        "peak_bytes": {prefetch: found.device_peak(placement) for prefetch, placement in placements.items()},
-        "host_bytes": {prefetch: found.host_bytes(placement) for prefetch, placement in placements.items()},
-        "zo2_nvml_gigabytes": zo2_gigabytes,
-    }
+    with h200.target():  # blocks are traced outside of any compilation too
+        whole: dict[str, Any] = {"model": name, **found(None), "zo2_nvml_gigabytes": zo2_gigabytes}
+        if base != "trained":
+            return whole
+        example = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batch)
+        return whole | {"in_stages": found(split_block(blocks, trained, example))}
 
 
 def _shapes(model: Any, base: Base) -> tuple[BlockParams, BlockParams | None]:
@@ -171,10 +190,19 @@ def _opt(num_blocks: int, width: int, num_heads: int) -> dict[str, Any]:
 
 
 def _line(found: dict[str, Any]) -> str:
+    def peaks(row: dict[str, Any]) -> str:
+        return (
+            f"{row['peak_bytes']['1'] / _GIB:.2f} GiB with one prefetched, {row['peak_bytes']['0'] / _GIB:.2f} without"
+        )
+
+    staged = (
+        f"; in {len(found['in_stages']['stage_bytes'])} stages {peaks(found['in_stages'])}"
+        if "in_stages" in found
+        else ""
+    )
     return (
-        f"{found['model']}: block {found['block_bytes'] / _GIB:.2f} GiB, peak {found['peak_bytes']['1'] / _GIB:.2f} GiB with one "
-        f"block prefetched, {found['peak_bytes']['0'] / _GIB:.2f} without; host {found['host_bytes']['1'] / _GIB:.1f} GiB; ZO2 "
-        f"{found['zo2_nvml_gigabytes']} GB"
+        f"{found['model']}: block {found['block_bytes'] / _GIB:.2f} GiB, peak {peaks(found)}{staged}; "
+        f"host {found['host_bytes']['1'] / _GIB:.1f} GiB; ZO2 {found['zo2_nvml_gigabytes']} GB"
     )
 
 

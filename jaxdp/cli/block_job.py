@@ -10,16 +10,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxdp import quantization, text
 from jaxdp.block_model import BlockModel, BlockParams
 from jaxdp.cli import tuning_job
 from jaxdp.cli.tuning_job import Records, Tuning
 from jaxdp.models import CausalLM
+from jaxdp.models.lazy_stack import LazyStack
 from jaxdp.models.lora import is_adapter
+from jaxdp.models.saving import MAX_SHARD_BYTES
 from jaxdp.quantization import DEFAULT_GROUP_SIZES
 from jaxdp.text import block_scores
+
+#: What `jaxdp.quantization.quantize` takes beyond its result.
+_QUANTIZING = 20 * 2**20
 
 
 def check_parts(tuning: Tuning) -> None:
@@ -34,16 +38,15 @@ def check_parts(tuning: Tuning) -> None:
 def parts_of(tuning: Tuning, base_format: str | None) -> tuple[BlockParams, BlockParams | None]:
     """The trained and the frozen parameters, on the host.
 
-    Frozen matrices are in the dtype that they are computed in, if that is narrower; those of blocks in `base_format`.
+    Frozen matrices are in the dtype that they are computed in, if that is narrower; those of blocks in `base_format`. Frozen
+    blocks become that one by one, when they are asked for.
     """
     if not tuning.frozen:
         return _in_blocks(tuning.trainable), None
-    frozen = _in_blocks(
-        jax.tree.map(
-            lambda leaf, shape: np.asarray(leaf).astype(shape.dtype, copy=False),
-            tuning.frozen,
-            _narrowed(tuning, base_format),
-        )
+    given = _in_blocks(tuning.frozen)
+    given = given._replace(blocks=jax.tree.map(_one_by_one, given.blocks))
+    frozen = jax.tree.map(
+        lambda leaf, shape: leaf.astype(shape.dtype, copy=False), given, _in_blocks(_narrowed(tuning, base_format))
     )
     if base_format in DEFAULT_GROUP_SIZES:
         frozen = frozen._replace(blocks=quantization.quantize_matrices(frozen.blocks, base_format, but=is_adapter))
@@ -88,10 +91,29 @@ def evaluate(sums_of: Callable[[Any], Any], records: Records, *, batch_rows: int
     return tuning_job.scores_of(of(sums_of, records.evaluation, batch_rows=batch_rows), when=when)
 
 
-def converted_bytes(tuning: Tuning, base_format: str | None) -> int:
-    """The size of the frozen parameters in their formats, which are there twice while they are put in place."""
-    _, frozen = shapes_of(tuning, base_format)
-    return _num_bytes(frozen)
+def passing_bytes(tuning: Tuning, base_format: str | None, *, merge: bool) -> int:
+    """The most that passes through the host's memory at once, beside the parameters that stay there.
+
+    On its way to where it waits, a block becomes a bucket from its leaves, which are there beside it, and so is the matrix that is
+    being packed, as it was read and as it is computed in. Frozen parameters outside the blocks are there twice if they are cast.
+    In the end, a shard of a model is put together before it is written.
+    """
+    (trained, frozen), cast = shapes_of(tuning, base_format), 0
+    buckets_of = 2 * _num_bytes(trained.blocks) // _num_blocks(trained.blocks)
+    written = _num_bytes(tuning.trainable) + (_num_bytes(tuning.frozen) if merge else 0)
+    if frozen is not None:
+        before = _in_blocks(tuning.frozen)
+        pairs = zip(jax.tree.leaves(before.resident), jax.tree.leaves(frozen.resident), strict=True)
+        cast = sum(_num_bytes(after) for leaf, after in pairs if leaf.dtype != after.dtype)
+        if stacks := jax.tree.leaves(before.blocks):
+            largest = max(_num_bytes(leaf) // leaf.shape[0] for leaf in stacks)
+            packing = 2 * largest + (_QUANTIZING if base_format in DEFAULT_GROUP_SIZES else 0)
+            buckets_of = max(buckets_of, 2 * _num_bytes(frozen.blocks) // _num_blocks(before.blocks) + packing)
+    return max(buckets_of + cast, min(written, MAX_SHARD_BYTES))
+
+
+def _num_blocks(stacks: Any) -> int:
+    return jax.tree.leaves(stacks)[0].shape[0]
 
 
 def _num_bytes(params: Any) -> int:
@@ -107,3 +129,7 @@ def _narrowed(tuning: Tuning, base_format: str | None) -> Any:
 
 def _in_blocks(tree: dict[str, Any]) -> BlockParams:
     return BlockParams({name: branch for name, branch in tree.items() if name != "blocks"}, tree.get("blocks", {}))
+
+
+def _one_by_one(leaf: Any) -> LazyStack:
+    return leaf if isinstance(leaf, LazyStack) else LazyStack(leaf.shape, leaf.dtype, leaf.__getitem__)

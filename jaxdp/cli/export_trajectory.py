@@ -20,6 +20,17 @@ from jaxdp.cli import run_trajectory
 from jaxdp.cli.options import hint
 from jaxdp.zeroth_order import Trajectory, read_trajectory
 
+_OF_PLAN = {
+    "accountant",
+    "neighboring_relation",
+    "noise",
+    "noise_multiplier",
+    "num_examples",
+    "padded_batch_size",
+    "sampling_prob",
+    "target_delta",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class ExportTrajectory:
@@ -50,15 +61,25 @@ def run(config: ExportTrajectory) -> None:
     if out.exists():
         raise FileExistsError(f"{out} exists; nothing was overwritten. Choose another --out.")
     trajectory = read_trajectory(journal)
+    said = statement(trajectory)
     content = journal.read_bytes()[: trajectory.num_bytes]
     write_whole(out, content)
     print(f"{trajectory.num_steps} steps, {len(content):,} bytes: {out}")
-    print(statement(trajectory))
+    print(said)
 
 
 def statement(trajectory: Trajectory) -> str:
-    """What the steps that a trajectory holds cost, by the numbers of its plan."""
+    """What the steps that a trajectory holds cost, by the numbers of its plan.
+
+    Raises:
+        ValueError: the plan lacks a number, as that of another version may.
+    """
     privacy = trajectory.header.privacy
+    if privacy is not None and (missing := sorted(_OF_PLAN - privacy.keys())):
+        raise ValueError(
+            f"the plan of this trajectory lacks {', '.join(missing)}; it was written by another version of jaxdp "
+            f"({trajectory.header.about.get('jaxdp', 'unknown')}): use that version."
+        )
     if privacy is None or privacy["noise_multiplier"] == 0:
         return (
             "epsilon infinite: this trajectory is not private. Publish it only if its training data may be published."

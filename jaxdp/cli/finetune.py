@@ -77,6 +77,7 @@ def run(config: Finetune) -> None:
         dtype=config.optimizer.dtype,
         param_dtype=config.zeroth_order.param_dtype,
         keep_float32=config.merge,
+        in_memory=not zeroth_order_methods.is_zeroth_order(config.privacy.method),
     )
     settings = finetune_settings.resolved(config, tuning)
     if folder is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -81,12 +82,15 @@ class LinkMeter:
 def seconds_alone(state: State, placement: Placement, *, write_every: int) -> float:
     """The time of one step's transfers while nothing computes: of one block each way, times the blocks."""
     frozen = () if state.frozen is None else state.frozen.blocks
-    blocks = list(frozen or state.blocks)
-    there = jax.block_until_ready(placement.fetch(blocks[0]))
-    seconds = _best(lambda: placement.fetch(blocks[0]))
-    if not frozen:
-        seconds += _best(lambda: placement.store(there)) / write_every
-    return len(blocks) * seconds
+    buckets = list(frozen or state.blocks)
+    of_a_block = 1 if frozen else max(1, len(state.parts))
+    seconds = 0.0
+    for bucket in buckets[:of_a_block]:
+        there = jax.block_until_ready(placement.fetch(bucket))
+        seconds += _best(functools.partial(placement.fetch, bucket))
+        if not frozen:
+            seconds += _best(functools.partial(placement.store, there)) / write_every
+    return len(buckets) / of_a_block * seconds
 
 
 def _best(transfer: Callable[[], Any], *, repeats: int = 3) -> float:

@@ -45,6 +45,7 @@ class Choice:
 
     Attributes:
         placement: Where blocks wait.
+        is_split: Whether a block travels in stages.
         head_tokens: Tokens of a sequence whose logits exist at once.
         num_at_once: Low-rank directions that pass at once.
         memory: The figures of the step's programs.
@@ -52,6 +53,7 @@ class Choice:
     """
 
     placement: Placement
+    is_split: bool
     head_tokens: int
     num_at_once: int
     memory: StepMemory
@@ -71,6 +73,10 @@ class Choice:
         where = "on the device"
         if self.placement.is_streamed:
             where = f"streamed, {self.placement.prefetch or 'none'} prefetched"
+            if self.is_split:
+                where = (
+                    f"streamed in {len(self.memory.parts)} stages each, {self.placement.prefetch or 'none'} prefetched"
+                )
         together = f"; {self.num_at_once} directions at once" if self.num_at_once > 1 else ""
         return f"blocks {where}; logits of {self.head_tokens} tokens of a sequence at a time{together}"
 
@@ -88,11 +94,12 @@ class Choice:
 
 
 def choose(
-    memory_of: Callable[[int, int], StepMemory],
+    memory_of: Callable[[bool, int, int], StepMemory],
     room: Room,
     *,
     is_streamed: bool,
     more_host_bytes: int,
+    splits: tuple[bool, ...],
     head_tokens: tuple[int, ...],
     nums_at_once: tuple[int, ...],
     remedies: list[str],
@@ -100,22 +107,23 @@ def choose(
     """The fastest way that fits.
 
     Args:
-        memory_of: The figures with so many tokens in the head, and so many directions, at once.
+        memory_of: The figures with blocks in stages or whole, and with so many tokens in the head, and so many directions, at once.
         room: What there is.
         is_streamed: As asked for.
         more_host_bytes: As of `Choice`.
-        head_tokens: Which to try, in this order.
+        splits: Whether a block may travel in stages: which to try, in this order.
+        head_tokens: The same.
         nums_at_once: The same.
         remedies: What else could help.
 
     Raises:
         ValueError: nothing fits; with what is missing, and remedies.
     """
-    found: dict[tuple[int, int], StepMemory] = {}
+    found: dict[tuple[bool, int, int], StepMemory] = {}
     choice = None
-    for prefetch in (1, 0) if is_streamed else (1,):
-        for num_at_once, tokens in itertools.product(nums_at_once, head_tokens):
-            chunks = tokens, num_at_once
+    for prefetch in (1, 0) if is_streamed else (1,):  # stages that overlap are faster than whole blocks that do not
+        for is_split, num_at_once, tokens in itertools.product(splits, nums_at_once, head_tokens):
+            chunks = is_split, tokens, num_at_once
             if chunks not in found:
                 found[chunks] = memory_of(*chunks)
             choice = Choice(Placement(is_streamed, prefetch), *chunks, found[chunks], more_host_bytes)

@@ -65,7 +65,7 @@ def run(config: Replay) -> None:
     )
     state = steps.init(trained, direction_key=run_trajectory.key_of(header))
     state = steps.flush(replayed(steps, state, trajectory))
-    released = tuning.released(block_job.whole(state.params()))
+    released = tuning.released(block_job.whole(state.params_in_place()))
     run_folder.new_run_folder(config.out, "")
     written = tuning_outputs.write_weights(
         config.out, released, base_model=header.about["base_model"], merged=config.merge

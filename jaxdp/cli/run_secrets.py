@@ -33,6 +33,7 @@ class RunSecrets(NamedTuple):
         head_tokens: Tokens of a sequence whose logits exist at once. Public, as the next, and here for company: another number
             could change the last bit of a sum, and the same noise must not meet two sums.
         num_at_once: Low-rank directions that pass at once.
+        is_split: Whether blocks travel in stages.
     """
 
     noise_key: Key
@@ -40,14 +41,15 @@ class RunSecrets(NamedTuple):
     data_sha256: str
     head_tokens: int
     num_at_once: int
+    is_split: bool
 
     def __repr__(self) -> str:
         return "RunSecrets(...)"
 
 
-def draw(data_sha256: str, head_tokens: int, num_at_once: int) -> RunSecrets:
+def draw(data_sha256: str, head_tokens: int, num_at_once: int, *, is_split: bool) -> RunSecrets:
     """Fresh ones, from the operating system's entropy."""
-    return RunSecrets(secret_key(), secrets.randbits(128), data_sha256, head_tokens, num_at_once)
+    return RunSecrets(secret_key(), secrets.randbits(128), data_sha256, head_tokens, num_at_once, is_split)
 
 
 def write(folder: Path, found: RunSecrets) -> None:
@@ -61,6 +63,7 @@ def write(folder: Path, found: RunSecrets) -> None:
             "data_sha256": found.data_sha256,
             "head_tokens": found.head_tokens,
             "num_at_once": found.num_at_once,
+            "is_split": found.is_split,
         }
     )
     write_whole(folder / _FILE, content.encode(), mode=0o600)
@@ -82,7 +85,9 @@ def read(folder: Path) -> RunSecrets | None:
         words = jnp.asarray(np.asarray(stored["noise_key"], np.uint32))
         key = jax.random.wrap_key_data(words, impl="threefry2x32")
         numbers = (int(stored[name]) for name in ("head_tokens", "num_at_once"))
-        return RunSecrets(key, int(stored["sampling_entropy"]), stored["data_sha256"], *numbers)
+        return RunSecrets(
+            key, int(stored["sampling_entropy"]), stored["data_sha256"], *numbers, is_split=bool(stored["is_split"])
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged ({error}); the run cannot go on: start a new one in another folder."

@@ -20,7 +20,7 @@ from jaxdp.models.lora import add_adapters
 from jaxdp.models.peft import load_adapter
 from jaxdp.models.tokenizer import Tokenizer, check_matches, load_tokenizer
 from jaxdp.models.trainable import join, parts
-from jaxdp.models.weights import Pretrained, load_model, read_config
+from jaxdp.models.weights import Pretrained, load_model, open_model, read_config
 from jaxdp.text.records import FORMATS
 
 ADAPTER_TUNING = ("lora", "ffa-lora")
@@ -32,7 +32,7 @@ class Tuning:
 
     Attributes:
         base: The model with its adapters, if any, and all parameters before training.
-        trainable: The part of them that is trained, on the host.
+        trainable: The part of them that is trained: arrays on the host, or blocks that stay in the model's files.
         frozen: The rest.
     """
 
@@ -46,7 +46,7 @@ class Tuning:
 
     def released(self, trainable: Any) -> Pretrained:
         """The model with other trainable parameters; the frozen ones are those of the base, bit for bit."""
-        return dataclasses.replace(self.base, params=join(jax.device_get(trainable), self.frozen))
+        return dataclasses.replace(self.base, params=join(_on_host(trainable), self.frozen))
 
     def without_arrays(self, *, keep_frozen: bool) -> Tuning:
         """What is still needed once the parameters have been copied to where they are trained.
@@ -107,12 +107,17 @@ def check_model_options(options: ModelOptions) -> None:
 
 
 def load_tuning(
-    options: ModelOptions, *, dtype: str, param_dtype: str = "float32", keep_float32: bool = False
+    options: ModelOptions,
+    *,
+    dtype: str,
+    param_dtype: str = "float32",
+    keep_float32: bool = False,
+    in_memory: bool = False,
 ) -> tuple[Tuning, Tokenizer]:
     """Reads the model and its tokenizer, adds adapters, and takes the parameters apart.
 
     Trained parameters are `param_dtype`, adapters float32. Frozen ones below an adapter stay as in the file, unless
-    `keep_float32`.
+    `keep_float32`. Blocks stay in the model's files until they are asked for, unless `in_memory`.
 
     Raises:
         ValueError, TypeError, OSError: the folder is not what it should be, or the options do not fit the model.
@@ -125,7 +130,8 @@ def load_tuning(
     else:
         as_in_file = options.tune in ADAPTER_TUNING and not keep_float32
         kept = None if as_in_file else jnp.dtype(param_dtype)
-        base = load_model(options.model, dtype=jnp.dtype(dtype), param_dtype=kept)
+        read = load_model if in_memory else open_model
+        base = read(options.model, dtype=jnp.dtype(dtype), param_dtype=kept)
     tokenizer = load_tokenizer(options.model)
     check_matches(tokenizer, base.model)
     model, params = base.model, base.params
@@ -136,10 +142,15 @@ def load_tuning(
         alpha = 2.0 * rank if options.lora_alpha is None else options.lora_alpha
         lora = Lora(rank, alpha, options.lora_targets or ("all-linear",))
         model, params = add_adapters(jax.random.fold_in(key, 1), model, params, lora)
-    params = jax.device_get(params)
+    params = _on_host(params)
     last_k = (1 if options.last_k is None else options.last_k) if options.tune == "last-k" else None
     trainable, frozen = parts(model, params, options.tune, last_k=last_k)
     return Tuning(dataclasses.replace(base, model=model, params=params), trainable, frozen), tokenizer
+
+
+def _on_host(params: Any) -> Any:
+    """What is on a device, from there; whatever is not stays where it is, a block in its file."""
+    return jax.tree.map(lambda leaf: jax.device_get(leaf) if isinstance(leaf, jax.Array) else leaf, params)
 
 
 def narrowed(frozen: Any, model: CausalLM) -> Any:

@@ -18,6 +18,7 @@ from jaxdp import _validate
 from jaxdp.clipping import ClippingPolicy
 from jaxdp.fingerprint import fingerprint
 from jaxdp.gradients import clipped_grad
+from jaxdp.models.lazy_stack import LazyStack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +117,7 @@ def compare(trainable: Any, params: Any, frozen: Any, frozen_now: Any, *, step: 
 
 def digests(params: Any) -> dict[str, str]:
     """A fingerprint of every leaf, where the leaves themselves are too large to keep."""
-    return {name: fingerprint({name: np.asarray(leaf)}) for name, leaf in _validate.named_leaves(params)}
+    return {name: fingerprint({name: leaf}) for name, leaf in _validate.named_leaves(params)}
 
 
 def compare_digests(before: dict[str, str], params: Any, *, step: int) -> UpdateCheck:
@@ -128,8 +129,12 @@ def compare_digests(before: dict[str, str], params: Any, *, step: int) -> Update
 def with_non_finite(check: UpdateCheck, params: Any) -> UpdateCheck:
     """`check`, with the leaves of the final parameters that are not finite."""
     named = _validate.named_leaves(params)
-    bad = [name for name, leaf in named if not np.all(np.isfinite(np.asarray(leaf).astype(np.float32)))]
-    return dataclasses.replace(check, non_finite=tuple(bad))
+    return dataclasses.replace(check, non_finite=tuple(name for name, leaf in named if not _is_finite(leaf)))
+
+
+def _is_finite(leaf: Any) -> bool:
+    arrays = leaf if isinstance(leaf, LazyStack) else (leaf,)
+    return all(np.all(np.isfinite(np.asarray(array).astype(np.float32))) for array in arrays)
 
 
 def _same(old: Any, new: Any) -> bool:

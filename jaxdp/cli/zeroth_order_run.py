@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +35,18 @@ from jaxdp.cli.training_loop import Progress
 from jaxdp.cli.tuning_job import Records, Tuning
 from jaxdp.mechanism import Ledger, PrivacyPlan
 from jaxdp.sampling import poisson_batches
-from jaxdp.zeroth_order import DeferredState, Journal, Placement, State, Steps, header_of, make_step, replayed
+from jaxdp.zeroth_order import (
+    DeferredState,
+    Journal,
+    Placement,
+    Stages,
+    State,
+    Steps,
+    header_of,
+    make_step,
+    replayed,
+    split_block,
+)
 from jaxdp.zeroth_order.memory import StepMemory, step_memory
 
 if TYPE_CHECKING:
@@ -64,6 +76,7 @@ class ZerothOrderRun:
     choice: Choice
     secrets: RunSecrets
     check: PlanCheck
+    stages: Stages | None
     options: dict[str, Any]
 
     def train(self, folder: Path) -> Outcome:
@@ -91,7 +104,7 @@ class ZerothOrderRun:
             state, progress = self._go_on(step, state, journal, folder, meter)
         state = steps.flush(state)
         after = self._evaluate(state, "after")
-        trained = block_job.whole(state.params())
+        trained = block_job.whole(state.params_in_place())
         updates = update_check.compare_digests(digests, trained, step=state.step)
         updates = update_check.with_non_finite(updates, trained)
         for message in updates.warnings():
@@ -138,6 +151,7 @@ class ZerothOrderRun:
         return make_step(
             loss(model, is_choice=self.records.is_choice, head_tokens=self.choice.head_tokens),
             placement=placement,
+            stages=self.stages,
             estimator=zeroth_order_methods.make_estimator(self.settings, self.choice.num_at_once),
             **self.options,
         )
@@ -182,6 +196,7 @@ class ZerothOrderRun:
             "base_format": self.settings["base_format"],
             "is_streamed": self.choice.placement.is_streamed,
             "prefetch": self.choice.placement.prefetch,
+            "stages": len(self.choice.memory.parts),
             "head_tokens": self.choice.head_tokens,
             "num_at_once": self.choice.num_at_once,
             "host_bytes": self.check.host_bytes,
@@ -223,22 +238,30 @@ def prepare(
         lambda leaf: jax.ShapeDtypeStruct((plan.padded_batch_size, *leaf.shape[1:]), leaf.dtype), records.data
     )
     options = _step_options(config, settings, plan)
-    known: dict[int, StepMemory] = {}
+    known: dict[tuple[bool, int], StepMemory] = {}
 
-    def memory_of(head_tokens: int, num_at_once: int) -> StepMemory:
+    @functools.cache
+    def stages() -> Stages:
+        model = block_job.loss(tuning.model, is_choice=records.is_choice, head_tokens=memory_choice.HEAD_TOKENS[0])
+        example = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batch)
+        return split_block(model, params, example, frozen=frozen)
+
+    def memory_of(is_split: bool, head_tokens: int, num_at_once: int) -> StepMemory:
         model = block_job.loss(tuning.model, is_choice=records.is_choice, head_tokens=head_tokens)
-        shapes = {"params": params, "batch": batch, "frozen": frozen}
+        shapes = {"params": params, "batch": batch, "frozen": frozen, "stages": stages() if is_split else None}
         estimator = zeroth_order_methods.make_estimator(settings, num_at_once)
-        like = known.get(num_at_once)
-        known[num_at_once] = step_memory(model, estimator=estimator, like=like, **shapes, **options)
-        return known[num_at_once]
+        like = known.get((is_split, num_at_once))
+        known[is_split, num_at_once] = step_memory(model, estimator=estimator, like=like, **shapes, **options)
+        return known[is_split, num_at_once]
 
+    can_split = config.zeroth_order.stream and (frozen is None or not jax.tree.leaves(frozen.blocks))
     room = _room(config)
     choice = memory_choice.choose(
         memory_of,
         room,
         is_streamed=config.zeroth_order.stream,
-        more_host_bytes=block_job.converted_bytes(tuning, settings["base_format"]),
+        more_host_bytes=block_job.passing_bytes(tuning, settings["base_format"], merge=config.merge),
+        splits=((False, True) if can_split else (False,)) if found is None else (found.is_split,),
         head_tokens=memory_choice.head_tokens_of(settings["max_length"]) if found is None else (found.head_tokens,),
         nums_at_once=zeroth_order_methods.nums_at_once(settings) if found is None else (found.num_at_once,),
         remedies=_remedies(config),
@@ -254,8 +277,9 @@ def prepare(
         placement=str(choice),
     )
     print(check, flush=True)
-    secrets = found or run_secrets.draw(data_sha256, choice.head_tokens, choice.num_at_once)
-    return ZerothOrderRun(config, tuning, records, plan, settings, choice, secrets, check, options)
+    secrets = found or run_secrets.draw(data_sha256, choice.head_tokens, choice.num_at_once, is_split=choice.is_split)
+    split = stages() if choice.is_split else None
+    return ZerothOrderRun(config, tuning, records, plan, settings, choice, secrets, check, split, options)
 
 
 def _step_options(config: Finetune, settings: dict[str, Any], plan: PrivacyPlan) -> dict[str, Any]:

@@ -194,6 +194,26 @@ def _outputs_depend(eqn: Equation, operands: list[bool]) -> list[bool]:
     return [any(operands)] * len(eqn.outvars)
 
 
+def evaluate(
+    body: Body, arguments: Sequence[Any], equation: Callable[[Equation, list[Any]], Sequence[Any]]
+) -> list[Any]:
+    """Runs a body, equation by equation: `equation(eqn, operands)` gives what the outputs of each become."""
+    env: dict[Any, Any] = dict(zip(body.jaxpr.constvars, body.consts, strict=True))
+    env.update(zip(body.invars, arguments, strict=True))
+
+    def read(atom: Any) -> Any:
+        return literal(atom) if is_literal(atom) else env[atom]
+
+    for eqn in body.equations:
+        env.update(zip(eqn.outvars, equation(eqn, [read(atom) for atom in eqn.invars]), strict=True))
+    return [read(atom) for atom in body.outvars]
+
+
+def literal(atom: Any) -> jax.Array:
+    """The value of a literal, in its dtype."""
+    return jnp.asarray(atom.val, atom.aval.dtype)
+
+
 def evaluate_equation(eqn: Equation, values: Sequence[Any]) -> list[Any]:
     """Runs one equation as it stands."""
     # Whatever the user's arithmetic promoted is explicit in the equation already.

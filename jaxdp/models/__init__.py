@@ -19,4 +19,4 @@ from jaxdp.models.tokenizer import (
     load_tokenizer as load_tokenizer,
 )
 from jaxdp.models.trainable import CHOICES as CHOICES, join as join, parts as parts, split as split
-from jaxdp.models.weights import Pretrained as Pretrained, load_model as load_model
+from jaxdp.models.weights import Pretrained as Pretrained, load_model as load_model, open_model as open_model

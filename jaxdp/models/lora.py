@@ -13,6 +13,7 @@ import numpy as np
 from jaxdp import _validate
 from jaxdp._typing import Key, Params
 from jaxdp.models.causal_lm import CausalLM
+from jaxdp.models.lazy_stack import LazyStack
 from jaxdp.models.lora_spec import Lora
 from jaxdp.models.trainable import join, split
 
@@ -70,7 +71,8 @@ def merge(model: CausalLM, params: Params) -> tuple[CausalLM, Params]:
         params: Its parameters, blocks in one stack or in segments.
 
     Returns:
-        The model without adapters, and its parameters; merged kernels are numpy arrays on the host, others are shared.
+        The model without adapters, and its parameters; merged kernels are numpy arrays on the host, others are shared. The kernels
+        of an opened model are merged block by block, when a block is asked for.
     """
     if model.lora is None:
         raise ValueError("the model has no adapters to merge; save it as it is.")
@@ -88,11 +90,15 @@ def _merge_below(tree: Any, scale: float) -> Any:
     return below
 
 
-def _merged(kernel: Any, lora_a: Any, lora_b: Any, scale: float) -> np.ndarray:
+def _merged(kernel: Any, lora_a: Any, lora_b: Any, scale: float) -> Any:
+    if isinstance(kernel, LazyStack):
+        return kernel.derived(kernel.shape, kernel.dtype, lambda i: _merged(kernel[i], lora_a[i], lora_b[i], scale))
     kernel = np.asarray(kernel)  # [N, in, out], or [in, out] outside the blocks
-    out = np.empty_like(kernel)
-    # Block by block: a whole stack in float32 would be a copy of a good part of the model.
-    for index in np.ndindex(kernel.shape[:-2]):
-        a, b = np.asarray(lora_a[index], np.float32), np.asarray(lora_b[index], np.float32)
-        out[index] = kernel[index].astype(np.float32) + np.float32(scale) * (a @ b)
-    return out
+    if kernel.ndim > 2:
+        out = np.empty_like(kernel)
+        # Block by block: a whole stack in float32 would be a copy of a good part of the model.
+        for i in range(len(kernel)):
+            out[i] = _merged(kernel[i], lora_a[i], lora_b[i], scale)
+        return out
+    a, b = np.asarray(lora_a, np.float32), np.asarray(lora_b, np.float32)
+    return (kernel.astype(np.float32) + np.float32(scale) * (a @ b)).astype(kernel.dtype)

@@ -14,6 +14,7 @@ import numpy as np
 from jaxdp import _validate
 from jaxdp._typing import Params
 from jaxdp.models.folders import placed_together, write_json
+from jaxdp.models.lazy_stack import LazyStack
 from jaxdp.models.tensor_files import write_shards
 from jaxdp.models.weights import INDEX, SINGLE, Place, Pretrained, leaf_shapes, places
 
@@ -35,7 +36,13 @@ COMPANIONS = (
 )
 
 
-def save_model(folder: str | os.PathLike[str], pretrained: Pretrained, *, max_shard_bytes: int = 5 * 10**9) -> None:
+#: Larger models are written in several files.
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+def save_model(
+    folder: str | os.PathLike[str], pretrained: Pretrained, *, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
     """Writes `config.json`, the weights under Hugging Face's names, and the tokenizer's files.
 
     The weights keep the dtype of the parameters, and `config.json` names it. All is written before anything in `folder`
@@ -95,12 +102,13 @@ def _check_fits(leaves: dict[str, list[Any]], shapes: dict[str, tuple[int, ...]]
 
 
 def _as_stored(leaves: dict[str, list[Any]], in_order: Iterator[Place]) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and arrays as the file has them, one leaf on the host at a time."""
+    """Names and arrays as the file has them, one leaf on the host at a time; of a `LazyStack`, one block."""
     for path, group in itertools.groupby(in_order, key=lambda place: place.path):
-        arrays = map(np.asarray, leaves[path])
+        arrays = (array if isinstance(array, LazyStack) else np.asarray(array) for array in leaves[path])
         rows = (row for array in arrays for row in array) if path.startswith("blocks/") else arrays
         for place, row in zip(group, rows, strict=True):
-            yield place.name, row.T if place.is_transposed else row
+            # As the file will have it: a shard that waited for its transposes would be in memory twice.
+            yield place.name, np.ascontiguousarray(row.T if place.is_transposed else row)
 
 
 def _with_dtype(hf_config: dict[str, Any], leaves: dict[str, list[Any]]) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Tensors in safetensors files: read piece by piece into arrays that exist already, and written in shards.
 
-Through the `safetensors` library with numpy; bfloat16 and float8 are the numpy types of `ml_dtypes`, which jax brings.
+The `safetensors` library checks a file and writes one. Tensors are read here, from where the header says that they lie: a mapped
+file would count as memory of the process, and the library (0.8) looks for float8 in numpy, where it is not. bfloat16 and float8
+are the numpy types of `ml_dtypes`, which jax brings.
 """
 
 from __future__ import annotations
@@ -9,9 +11,10 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -33,22 +36,71 @@ FLOAT_DTYPES: dict[str, np.dtype] = {
 }
 
 
+class OpenFile:
+    """A file that is read here and there, for as long as something refers to it.
+
+    **Guarantee**: what is read is the file that was opened. One that takes its place under the same name, as a download or
+    `save_model` puts it there, changes nothing; one that is written into is refused, as far as its size or time of change tell.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY)
+        self.close = weakref.finalize(self, os.close, self._descriptor)
+        self._as_opened = self._stamp()
+
+    def read(self, offset: int, num_bytes: int) -> np.ndarray:
+        """Some of its bytes, as uint8."""
+        found = np.empty(num_bytes, np.uint8)
+        start = 0
+        while start < num_bytes:
+            count = os.preadv(self._descriptor, [found[start:].data], offset + start)
+            if count == 0:
+                raise self._changed()
+            start += count
+        return found
+
+    def check_unchanged(self) -> None:
+        """Refuses a file that was written into since it was opened."""
+        if self._stamp() != self._as_opened:
+            raise self._changed()
+
+    def _stamp(self) -> tuple[int, int]:
+        status = os.fstat(self._descriptor)
+        return status.st_size, status.st_mtime_ns
+
+    def _changed(self) -> ValueError:
+        return ValueError(
+            f"{self.path} was written into while it was being read, so that its tensors may belong to two models; put the file in "
+            "order, and start again."
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
     """A tensor in an open file.
 
     Attributes:
         name: Its name in the file.
-        path: The file.
+        file: The file.
         shape: As stored.
         dtype: As safetensors names it: `F32`, `BF16`.
+        offset: Where it begins, in bytes.
     """
 
     name: str
-    path: Path
+    file: OpenFile
     shape: tuple[int, ...]
     dtype: str
-    _rows: Any
+    offset: int
+
+    @property
+    def path(self) -> Path:
+        """Of the file."""
+        return self.file.path
 
     def float_dtype(self) -> np.dtype:
         """The numpy dtype.
@@ -65,11 +117,14 @@ class StoredTensor:
 
     def pieces(self) -> Iterator[tuple[slice, np.ndarray]]:
         """Consecutive rows, at most `PIECE_BYTES` of them at a time, and where they start and stop."""
-        row_bytes = math.prod(self.shape[1:]) * self.float_dtype().itemsize
+        dtype = self.float_dtype()
+        row_bytes = math.prod(self.shape[1:]) * dtype.itemsize
         step = max(1, PIECE_BYTES // max(1, row_bytes))
         for start in range(0, self.shape[0], step):
             rows = slice(start, min(start + step, self.shape[0]))
-            yield rows, self._rows[rows]
+            flat = self.file.read(self.offset + start * row_bytes, (rows.stop - start) * row_bytes)
+            yield rows, flat.view(dtype).reshape(-1 if row_bytes else rows.stop - start, *self.shape[1:])
+        self.file.check_unchanged()
 
     def read_into(self, place: np.ndarray, *, is_transposed: bool = False) -> None:
         """Writes the tensor, or its transpose, into `place`, in the dtype of `place`."""
@@ -81,48 +136,58 @@ class StoredTensor:
                 place[rows] = piece
 
 
-@contextlib.contextmanager
-def open_tensors(paths: Iterable[Path]) -> Iterator[dict[str, StoredTensor]]:
-    """The tensors of several files by name, open for reading while the block lasts.
+def stored_tensors(paths: Iterable[Path]) -> dict[str, StoredTensor]:
+    """The tensors of several files by name. A file stays open for as long as one of its tensors is referred to.
 
     Raises:
         ValueError: a file is truncated or is not safetensors, or two files hold one name.
     """
-    with contextlib.ExitStack() as stack:
-        tensors: dict[str, StoredTensor] = {}
-        for path in paths:
-            try:
-                file = stack.enter_context(safetensors.safe_open(path, framework="numpy"))
-            except (safetensors.SafetensorError, OSError, ValueError) as error:
+    tensors: dict[str, StoredTensor] = {}
+    for path in paths:
+        for tensor in _tensors_in(path):
+            if tensor.name in tensors:
                 raise ValueError(
-                    f"{path} is not a whole safetensors file ({error}); it may have been cut short on its way: copy or "
-                    "download it again."
-                ) from error
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
-                if name in tensors:
-                    raise ValueError(
-                        f"tensor {name!r} is both in {tensors[name].path} and in {path}; remove the file that does not belong."
-                    )
-                rows = file.get_slice(name)
-                shape, dtype = tuple(rows.get_shape()), rows.get_dtype()
-                if dtype.startswith("F8"):
-                    rows = _mapped(path, name, shape, dtype)
-                tensors[name] = StoredTensor(name, path, shape, dtype, rows)
+                    f"tensor {tensor.name!r} is both in {tensors[tensor.name].path} and in {path}; remove the file that does not "
+                    "belong."
+                )
+            tensors[tensor.name] = tensor
+    return tensors
+
+
+@contextlib.contextmanager
+def open_tensors(paths: Iterable[Path]) -> Iterator[dict[str, StoredTensor]]:
+    """`stored_tensors`, for as long as the block lasts."""
+    tensors = stored_tensors(paths)
+    files = [tensor.file for tensor in tensors.values()]
+    try:
         yield tensors
+    finally:
+        for file in files:
+            file.close()
 
 
-def _mapped(path: Path, name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray | None:
-    """A float8 tensor as it lies in the file: the library (0.8) looks for its dtype in numpy, where it is not.
+def _tensors_in(path: Path) -> list[StoredTensor]:
+    """The tensors of one file, by the names' order.
 
-    The format is fixed, and the library has checked it when this is called: the length of the header in 8 bytes, little
-    endian, the header in JSON, and the tensors at offsets from its end.
+    The format is fixed, and the library checks it: the length of the header in 8 bytes, little endian, the header in JSON, and the
+    tensors at offsets from its end.
     """
-    if dtype not in FLOAT_DTYPES or 0 in shape:
-        return None
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        start, _ = json.loads(file.read(length))[name]["data_offsets"]
-    return np.memmap(path, FLOAT_DTYPES[dtype], "r", offset=8 + length + start, shape=shape)
+    try:
+        file = OpenFile(path)
+        with safetensors.safe_open(path, framework="numpy"):
+            pass
+        start = 8 + int.from_bytes(file.read(0, 8).tobytes(), "little")
+        header = json.loads(file.read(8, start - 8).tobytes())
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}); it may have been cut short on its way: copy or "
+            "download it again."
+        ) from error
+    header.pop("__metadata__", None)
+    return [
+        StoredTensor(name, file, tuple(entry["shape"]), entry["dtype"], start + entry["data_offsets"][0])
+        for name, entry in sorted(header.items())
+    ]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:

@@ -31,7 +31,8 @@ def parts(model: CausalLM, params: Params, how: str, *, last_k: int | None = Non
 
     Args:
         model: Whose parameters these are.
-        params: Blocks in one stack `[N, ...]`. The arrays are not copied, but for `last-k`, where numpy gives views.
+        params: Blocks in one stack `[N, ...]`, arrays or `LazyStack`s. They are not copied, but for `last-k`, where numpy gives
+            views, and a `LazyStack` one of fewer blocks.
         how: One of `CHOICES`.
         last_k: Number of blocks, for `last-k` alone.
 

@@ -1,7 +1,8 @@
 """A model and its weights from a Hugging Face folder.
 
 Tensors go piece by piece from the file into their place in the stacked block arrays `[N, ...]`: while a model loads, the
-memory it needs is the model and a few megabytes, whatever the largest tensor.
+memory it needs is the model and a few megabytes, whatever the largest tensor. A model that is only opened needs the memory of what
+is outside its blocks; a block is read when it is asked for.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from jaxdp._typing import Params
 from jaxdp.models.architectures import architecture_of
 from jaxdp.models.causal_lm import CausalLM, causal_lm
 from jaxdp.models.folders import existing_folder, file_names, read_json
-from jaxdp.models.tensor_files import StoredTensor, open_tensors
+from jaxdp.models.lazy_stack import LazyStack
+from jaxdp.models.tensor_files import StoredTensor, stored_tensors
 
 #: The weights in one file, or in shards with an index.
 SINGLE = "model.safetensors"
@@ -46,7 +48,8 @@ class Pretrained:
 
     Attributes:
         model: The functions.
-        params: Their parameters, numpy arrays as loaded; `dataclasses.replace(pretrained, params=trained)` after training.
+        params: Their parameters, numpy arrays as loaded, or `LazyStack`s of blocks as opened;
+            `dataclasses.replace(pretrained, params=trained)` after training.
         hf_config: The parsed `config.json`.
         folder: Where the tokenizer's files are; None for a model that came from no folder.
     """
@@ -98,6 +101,67 @@ def load_model(
         ValueError: a file is broken, the architecture or a setting is not implemented, or a tensor is missing, unexpected
             or of another shape.
     """
+    return _read(folder, dtype, param_dtype, lambda path, leaf: leaf.whole())
+
+
+def open_model(
+    folder: str | os.PathLike[str], *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32
+) -> Pretrained:
+    """`load_model`, but that the blocks stay in their files: for a model that the host's memory does not hold.
+
+    The leaves of the blocks are `LazyStack`s, of the same values. Every tensor is checked here, as `load_model` does it. The files
+    stay open while one of these leaves lives, and are read again whenever a block is asked for.
+
+    **Guarantee**: the values are those of the files that were opened, as `jaxdp.models.tensor_files.OpenFile` has it: other files
+    may take their names meanwhile, and one that is written into is refused.
+
+    Args:
+        folder, dtype, param_dtype: As of `load_model`.
+
+    Returns:
+        The model; the parameters outside its blocks in numpy arrays.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_model`; and where a block is asked for, if its file was written into.
+    """
+
+    def read(path: str, leaf: _StoredLeaf) -> Any:
+        return LazyStack(leaf.shape, leaf.dtype, leaf.block) if path.startswith("blocks/") else leaf.whole()
+
+    return _read(folder, dtype, param_dtype, read)
+
+
+@dataclasses.dataclass(frozen=True)
+class _StoredLeaf:
+    """A leaf as files hold it.
+
+    Attributes:
+        shape: Of the leaf, stacked if it is.
+        dtype: That it is read in.
+        tensors: What it is made of: one tensor, or one for each block, in their order.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    tensors: list[tuple[Place, StoredTensor]]
+
+    def whole(self) -> np.ndarray:
+        leaf = np.empty(self.shape, self.dtype)
+        for place, tensor in self.tensors:
+            tensor.read_into(leaf if place.block is None else leaf[place.block], is_transposed=place.is_transposed)
+        return leaf
+
+    def block(self, index: int) -> np.ndarray:
+        place, tensor = self.tensors[index]
+        block = np.empty(self.shape[1:], self.dtype)
+        tensor.read_into(block, is_transposed=place.is_transposed)
+        return block
+
+
+def _read(
+    folder: str | os.PathLike[str], dtype: Any, param_dtype: Any, read: Callable[[str, _StoredLeaf], Any]
+) -> Pretrained:
+    """A model whose leaves are what `read(path, leaf)` makes of them, once all of them are known to be there."""
     if param_dtype is not None and not jnp.issubdtype(param_dtype, jnp.floating):
         raise ValueError(
             f"param_dtype must be a floating-point dtype, or None for the file's; got {np.dtype(param_dtype)}."
@@ -105,16 +169,11 @@ def load_model(
     folder = existing_folder(folder, what="model", remedy=_REMEDY)
     hf_config = read_config(folder)
     model = causal_lm(hf_config, dtype=dtype)
-    with open_tensors(weight_files(folder)) as stored:
-        tensors = _assign(stored, model, folder)
-        leaves = {}
-        for path, shape in leaf_shapes(model).items():
-            found = tensors[path]
-            leaf_dtype = _held_as(found) if param_dtype is None else np.dtype(param_dtype)
-            leaf = np.empty(shape, leaf_dtype)
-            for place, tensor in found:
-                tensor.read_into(leaf if place.block is None else leaf[place.block], is_transposed=place.is_transposed)
-            leaves[path] = leaf
+    tensors = _assign(stored_tensors(weight_files(folder)), model, folder)
+    leaves = {}
+    for path, shape in leaf_shapes(model).items():
+        leaf_dtype = _held_as(tensors[path]) if param_dtype is None else np.dtype(param_dtype)
+        leaves[path] = read(path, _StoredLeaf(shape, leaf_dtype, tensors[path]))
     return Pretrained(model, traverse_util.unflatten_dict(leaves, sep="/"), hf_config, folder)
 
 

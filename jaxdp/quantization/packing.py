@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
@@ -77,6 +78,9 @@ def quantize(w: np.ndarray, format: FormatName, group_size: int | None = None) -
 def quantize_matrices(stacked: Params, format: FormatName, *, but: Callable[[str], bool] | None = None) -> Params:
     """The matrices of stacked blocks as `Packed`, each quantized by itself; vectors and whatever `but` names stay as they are.
 
+    A leaf whose blocks are read when they are asked for (`jaxdp.models.weights.open_model`) becomes a `Packed` of such leaves:
+    the planes and scales of a block are computed when the first of them is asked for, and kept until each of them has been.
+
     Args:
         stacked: Pytree of floating-point arrays `[N, ...]` on the host, one block behind the other; a matrix is `[N, .., m, p]`.
         format: "int8", "int6" or "int4".
@@ -86,20 +90,47 @@ def quantize_matrices(stacked: Params, format: FormatName, *, but: Callable[[str
     >>> found["kernel"].spec.shape, found["bias"].shape
     ((3, 4, 2), (3, 2))
     """
-    return _on_matrices(lambda leaf: quantize(np.asarray(leaf), format), stacked, but)
+
+    def packed(leaf: Any) -> Packed:
+        return _quantized_later(leaf, format) if hasattr(leaf, "derived") else quantize(np.asarray(leaf), format)
+
+    return _on_matrices(packed, stacked, but)
 
 
 def quantized_shapes(stacked: Params, format: FormatName, *, but: Callable[[str], bool] | None = None) -> Params:
     """What `quantize_matrices` would return, of arrays or `jax.ShapeDtypeStruct`s, as `jax.ShapeDtypeStruct`s."""
 
-    def shapes(leaf: Any) -> Packed:
-        spec = PackedSpec(leaf.shape, format, DEFAULT_GROUP_SIZES[format])
-        planes = tuple(jax.ShapeDtypeStruct(shape, jnp.uint8) for shape in plane_shapes(spec))
-        scales = jax.ShapeDtypeStruct(scales_shape(spec), jnp.bfloat16)
-        return Packed(PackedArrays(planes, scales), spec, jnp.dtype(leaf.dtype).name)
+    shape_of = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), stacked)
+    return _on_matrices(lambda leaf: _packed_shape(leaf, format), shape_of, but)
 
-    shape_of = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype), stacked)
-    return _on_matrices(shapes, shape_of, but)
+
+def _packed_shape(leaf: Any, format: FormatName) -> Packed:
+    spec = PackedSpec(leaf.shape, format, DEFAULT_GROUP_SIZES[format])
+    planes = tuple(jax.ShapeDtypeStruct(shape, jnp.uint8) for shape in plane_shapes(spec))
+    scales = jax.ShapeDtypeStruct(scales_shape(spec), jnp.bfloat16)
+    return Packed(PackedArrays(planes, scales), spec, jnp.dtype(leaf.dtype).name)
+
+
+def _quantized_later(leaf: Any, format: FormatName) -> Packed:
+    """A leaf that is no array: its `derived` makes another of its kind."""
+    shapes, treedef = jax.tree.flatten(_packed_shape(leaf, format))
+    waiting: dict[tuple[int, int], np.ndarray] = {}  # what was computed with an array that was asked for
+
+    def array_of(index: int, number: int) -> np.ndarray:
+        if (index, number) not in waiting:
+            waiting.clear()
+            try:
+                arrays = jax.tree.leaves(quantize(leaf[index], format))
+            except ValueError as error:
+                raise ValueError(f"block {index}: {error}") from None
+            waiting.update(((index, other), array) for other, array in enumerate(arrays))
+        return waiting.pop((index, number))
+
+    arrays = [
+        leaf.derived(shape.shape, shape.dtype, functools.partial(array_of, number=number))
+        for number, shape in enumerate(shapes)
+    ]
+    return treedef.unflatten(arrays)
 
 
 def _on_matrices(fun: Callable[[Any], Packed], stacked: Params, but: Callable[[str], bool] | None) -> Params:

@@ -7,6 +7,7 @@ from jaxdp.zeroth_order.estimators import Estimator, ForwardMode, OneSided, TwoS
 from jaxdp.zeroth_order.generation import generate
 from jaxdp.zeroth_order.objectives import completion_objective, host_objective, token_f1_error
 from jaxdp.zeroth_order.resident import ResidentInfo, ResidentState, make_resident_step, projected_gradients
+from jaxdp.zeroth_order.stages import Stages, split_block
 from jaxdp.zeroth_order.streaming import Placement
 from jaxdp.zeroth_order.training import DeferredState, State, StepInfo, Steps, make_step
 from jaxdp.zeroth_order.trajectory import Header, Journal, Trajectory, header_of, read_trajectory, replayed
@@ -33,6 +34,7 @@ __all__ = [
     "ResidentState",
     "Scalars",
     "Sgd",
+    "Stages",
     "State",
     "StepInfo",
     "Steps",
@@ -49,5 +51,6 @@ __all__ = [
     "projected_gradients",
     "read_trajectory",
     "replayed",
+    "split_block",
     "token_f1_error",
 ]

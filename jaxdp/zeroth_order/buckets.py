@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -94,16 +95,67 @@ def layout_of(stacked: Params) -> tuple[Layout, int]:
         specs=tuple(_spec_of_one(leaf) if _is_packed(leaf) else None for leaf in leaves),
         offsets=(),
     )
+    return dataclasses.replace(layout, offsets=_offsets(layout)), next(iter(lengths.values()))[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Leaves of a block that have a bucket of their own, of several that make up the block.
+
+    Attributes:
+        layout: Of their bucket; its pytree is the list of them.
+        numbers: Which leaves of the block they are.
+        position: Which of the buckets.
+        num_parts: How many there are.
+        whole: The layout of the block.
+    """
+
+    layout: Layout
+    numbers: tuple[int, ...]
+    position: int
+    num_parts: int
+    whole: Layout
+
+
+def parts_of(layout: Layout, groups: tuple[tuple[int, ...], ...]) -> tuple[Part, ...]:
+    """A block in several buckets: `groups` are the numbers of their leaves, in which each leaf is once.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if sorted(number for group in groups for number in group) != list(range(len(layout.shapes))):
+        raise ValueError(
+            f"the groups {groups} are not each of the block's {len(layout.shapes)} leaves once; they belong to another model."
+        )
+    return tuple(
+        Part(_layout_of_leaves(layout, numbers), numbers, position, len(groups), layout)
+        for position, numbers in enumerate(groups)
+    )
+
+
+def _layout_of_leaves(layout: Layout, numbers: tuple[int, ...]) -> Layout:
+    def chosen(values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(values[number] for number in numbers)
+
+    treedef = jax.tree.structure([0] * len(numbers))
+    found = Layout(treedef, chosen(layout.shapes), chosen(layout.dtypes), chosen(layout.specs), ())
+    return dataclasses.replace(found, offsets=_offsets(found))
+
+
+def _offsets(layout: Layout) -> tuple[int, ...]:
     filled: dict[str, int] = {}
     offsets = []
     for dtype, size in layout.stored:
         offsets.append(filled.get(dtype, 0))
         filled[dtype] = offsets[-1] + size
-    return dataclasses.replace(layout, offsets=tuple(offsets)), next(iter(lengths.values()))[0]
+    return tuple(offsets)
 
 
 def packed(layout: Layout, stacked: Params, index: int) -> Bucket:
-    """Block `index` of a stacked pytree as a bucket, on the host, without a copy of any other block."""
+    """Block `index` of a stacked pytree as a bucket, on the host, without a copy of any other block.
+
+    With the layout of a `Part`, `stacked` is the list of its leaves.
+    """
     parts: dict[str, list[np.ndarray]] = {}
     leaves = jax.tree.leaves(stacked, is_leaf=_is_packed)
     for leaf, spec, (dtype, _) in zip(leaves, layout.specs, layout.stored, strict=True):
@@ -114,6 +166,27 @@ def packed(layout: Layout, stacked: Params, index: int) -> Bucket:
             flat = quantization.to_bytes(Packed(arrays, spec))
         parts.setdefault(dtype, []).append(flat)
     return {dtype: np.concatenate(flat) for dtype, flat in parts.items()}
+
+
+def all_packed(layout: Layout, parts: tuple[Part, ...], stacked: Params, index: int) -> Iterator[Bucket]:
+    """The buckets of block `index`: one, or one for each part."""
+    if not parts:
+        yield packed(layout, stacked, index)
+    leaves = jax.tree.leaves(stacked, is_leaf=_is_packed)
+    for part in parts:
+        yield packed(part.layout, [leaves[number] for number in part.numbers], index)
+
+
+def all_unpacked(layout: Layout, parts: tuple[Part, ...], found: Sequence[Bucket]) -> Params:
+    """The block of buckets that are all there."""
+    if not parts:
+        return unpacked(layout, found[0])
+    leaves = {
+        number: leaf(part.layout, bucket, i)
+        for part, bucket in zip(parts, found, strict=True)
+        for i, number in enumerate(part.numbers)
+    }
+    return layout.treedef.unflatten([leaves[number] for number in range(len(layout.shapes))])
 
 
 def unpacked(layout: Layout, bucket: Bucket) -> Params:
@@ -144,16 +217,19 @@ def replaced(layout: Layout, bucket: Bucket, block: Params) -> Bucket:
     return bucket
 
 
-def stacked_again(layout: Layout, buckets: list[Bucket]) -> Params:
+def stacked_again(layout: Layout, buckets: Sequence[Bucket], parts: tuple[Part, ...] = ()) -> Params:
     """The stacked pytree of all blocks, as NumPy arrays, filled block by block."""
+    num_buckets = max(1, len(parts))  # of a block
     leaves = [
-        np.empty((len(buckets), *shape), jnp.dtype(dtype))
+        np.empty((len(buckets) // num_buckets, *shape), jnp.dtype(dtype))
         for shape, dtype in zip(layout.shapes, layout.dtypes, strict=True)
     ]
     for index, bucket in enumerate(buckets):
-        block = unpacked(layout, {dtype: np.asarray(flat) for dtype, flat in bucket.items()})
-        for leaf, value in zip(leaves, jax.tree.leaves(block), strict=True):
-            leaf[index] = value
+        block, position = divmod(index, num_buckets)
+        bucket = {dtype: np.asarray(flat) for dtype, flat in bucket.items()}
+        values = jax.tree.leaves(unpacked(parts[position].layout if parts else layout, bucket))
+        for number, value in zip(parts[position].numbers if parts else range(len(leaves)), values, strict=True):
+            leaves[number][block] = value
     return layout.treedef.unflatten(leaves)
 
 

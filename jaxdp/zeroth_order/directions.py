@@ -177,11 +177,11 @@ def _key(root: jax.Array, *path: jax.Array) -> jax.Array:
 def _leaf_words(key: jax.Array, counters: Sequence[int], chosen: Sequence[int]) -> list[tuple[jax.Array, jax.Array]]:
     """Both words of the cipher at every counter of the chosen leaves: the leaves share one counter, one after the other."""
     first = list(itertools.accumulate(counters, initial=0))
-    if first[-1] > _AT_ONCE or len(chosen) < len(counters):
+    if first[-1] > _AT_ONCE:
         return [_words(key, first[i], counters[i]) for i in chosen]
     # A small block in one run of the cipher, which takes seconds less to compile than one for each leaf.
     high, low = _stored_words(key, 0, first[-1])
-    return [(high[begin:end], low[begin:end]) for begin, end in itertools.pairwise(first)]
+    return [(high[first[i] : first[i + 1]], low[first[i] : first[i + 1]]) for i in chosen]
 
 
 def _words(key: jax.Array, first: int, size: int) -> tuple[jax.Array, jax.Array]:
@@ -210,7 +210,7 @@ def _leaf_signs(key: jax.Array, sizes: Sequence[int], chosen: Sequence[int]) -> 
     """Entry e is bit e % 32 of word e // 32; the words of a counter are neighbors."""
     counters = [-(-size // 64) for size in sizes]
     first = list(itertools.accumulate(counters, initial=0))
-    if first[-1] <= _AT_ONCE and len(chosen) == len(counters):
+    if first[-1] <= _AT_ONCE:
         pairs = _leaf_words(key, counters, chosen)
     else:  # stored: each word is read 32 times
         pairs = [_stored_words(key, first[i], counters[i]) for i in chosen]

@@ -21,7 +21,7 @@ from jaxdp.models.causal_lm import CausalLM
 from jaxdp.models.decoding import NextLogits, continued
 from jaxdp.models.trainable import join
 from jaxdp.zeroth_order import buckets
-from jaxdp.zeroth_order.buckets import Bucket, Layout
+from jaxdp.zeroth_order.buckets import Bucket, Layout, Part
 from jaxdp.zeroth_order.streaming import Placement, on_device, pass_through
 from jaxdp.zeroth_order.training import DeferredState, State
 
@@ -100,8 +100,8 @@ def generate(
     )
 
 
-#: How the blocks of each store lie in their buckets; None for a block that is no bucket.
-_Layouts = tuple[Layout | None, ...]
+#: How the blocks of each store lie in their buckets; None for a block that is no bucket. Parts make up a block together.
+_Layouts = tuple[Layout | None, ...] | tuple[Part, ...]
 
 
 def _parts(
@@ -111,13 +111,14 @@ def _parts(
     if isinstance(state, BlockParams):
         blocks: list[Any] = _views(state.blocks)
         return on_device(state.resident), (None,), [(blocks, placement)]
+    num_parts = max(1, len(state.parts))
+    trained = [(list(state.blocks[i::num_parts]), placement) for i in range(num_parts)]
     if state.frozen is None:
-        return state.resident, (state.layout,), [(list(state.blocks), placement)]
+        return state.resident, state.parts or (state.layout,), trained
     resident = join(state.resident, state.frozen.resident)
     if state.frozen.layout is None:
-        return resident, (state.layout,), [(list(state.blocks), placement)]
-    stores = [(list(state.blocks), placement), (list(state.frozen.blocks), placement)]
-    return resident, (state.layout, state.frozen.layout), stores
+        return resident, state.parts or (state.layout,), trained
+    return resident, (state.layout, state.frozen.layout), [*trained, (list(state.frozen.blocks), placement)]
 
 
 def _views(stacked: Params) -> list[Params]:
@@ -144,13 +145,20 @@ def _advance(
     index: jax.Array,
 ) -> tuple[jax.Array, Cache | None, jax.Array]:
     """One block; the index of the next one."""
-    parts = [
-        block if layout is None else buckets.unpacked(layout, block)
-        for layout, block in zip(layouts, arrived, strict=True)
-    ]
-    params = functools.reduce(join, parts)
+    params = functools.reduce(join, _trees(layouts, arrived))
     hidden, cache_or_none = model.block(params, hidden, _positions(first, hidden.shape[0]), cache)
     return hidden, cache_or_none, index + 1
+
+
+def _trees(layouts: _Layouts, arrived: tuple[Bucket, ...]) -> list[Params]:
+    """The trained and the frozen leaves of a block."""
+    parts = tuple(layout for layout in layouts if isinstance(layout, Part))
+    if parts:
+        return [buckets.all_unpacked(parts[0].whole, parts, arrived)]
+    return [
+        buckets.unpacked(layout, block) if isinstance(layout, Layout) else block
+        for layout, block in zip(layouts, arrived, strict=True)
+    ]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -8,6 +8,7 @@ the slack of an allocator, the workspace of a library.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from jaxdp.mechanism import PrivacyPlan
 from jaxdp.zeroth_order import buckets, programs, updates
 from jaxdp.zeroth_order.directions import Law
 from jaxdp.zeroth_order.estimators import Estimator
+from jaxdp.zeroth_order.stages import Stages
 from jaxdp.zeroth_order.streaming import Placement
 from jaxdp.zeroth_order.updates import Rounding, Sgd
 
@@ -44,39 +46,47 @@ class StepMemory:
 
     Attributes:
         start: The program in front of the blocks.
-        visit: That of one block, with the block.
+        visits: That of one block, with the block; or those of its stages.
         finish: That behind the blocks.
         resident: Trained leaves that belong to no block; twice where they are kept beside the updated ones.
-        block: One trained block.
+        parts: One trained block; or what its stages have of it.
         frozen_block: One frozen block; 0 without them.
         num_blocks: N.
     """
 
     start: int
-    visit: int
+    visits: tuple[int, ...]
     finish: int
     resident: int
-    block: int
+    parts: tuple[int, ...]
     frozen_block: int
     num_blocks: int
 
+    @property
+    def block(self) -> int:
+        """One trained block."""
+        return sum(self.parts)
+
     def device_peak(self, placement: Placement) -> int:
         """The most that is on the device at once."""
-        waiting, traveling = self._waiting_on_device(placement), self._traveling(placement)
+        waiting, traveling = self._waiting_on_device(placement), self._traveling
         depth, is_streamed = placement.prefetch, placement.is_streamed
-        # While the first program runs, the blocks of the first visits arrive; behind the last visit, the last block leaves.
-        arriving = (depth + 1) * traveling if is_streamed else 0
-        others = (depth + 1 if depth else 0) * traveling if is_streamed else 0
+
+        def some(first: int, count: int) -> int:
+            """The bytes of so many consecutive buckets, of which the first follows the last."""
+            return sum(traveling[i % len(traveling)] for i in range(first, first + count)) if is_streamed else 0
+
+        def visit(i: int) -> int:
+            # What computes is in `visits` already; others arrive, and one leaves.
+            own = (self.parts[i] if waiting else 0) + (0 if is_streamed else self.frozen_block)
+            others = some(i + 1, depth) + (some(i - 1, 1) if depth else 0)
+            return self.visits[i] + self.resident + waiting - own + others
+
         return max(
-            self.start + waiting + arriving,
-            # The block that computes is in `visit` already.
-            self.visit
-            + self.resident
-            + waiting
-            - (self.block if waiting else 0)
-            - (0 if is_streamed else self.frozen_block)
-            + others,
-            self.finish + waiting + (traveling if is_streamed and depth else 0),
+            # While the first program runs, the blocks of the first visits arrive; behind the last visit, the last block leaves.
+            self.start + waiting + some(0, depth + 1),
+            *map(visit, range(len(self.visits))),
+            self.finish + waiting + (some(-1, 1) if depth else 0),
         )
 
     def host_bytes(self, placement: Placement) -> int:
@@ -84,17 +94,20 @@ class StepMemory:
         if not placement.is_streamed:
             return 0
         leaving = 0 if self.frozen_block else min(placement.prefetch, 1) + 1
-        return (self.num_blocks + leaving) * self._traveling(placement)
+        return self.num_blocks * sum(self._traveling) + leaving * max(self._traveling)
 
     def link_bytes(self, placement: Placement, *, write_every: int = 1) -> float:
         """What crosses the link in one step, in both directions together."""
         if not placement.is_streamed:
             return 0.0
         down = 0.0 if self.frozen_block else 1 / write_every
-        return self.num_blocks * self._traveling(placement) * (1 + down)
+        return self.num_blocks * sum(self._traveling) * (1 + down)
 
-    def _traveling(self, placement: Placement) -> int:
-        return self.frozen_block or self.block  # trained blocks above frozen ones stay on the device
+    @property
+    def _traveling(self) -> tuple[int, ...]:
+        return (
+            (self.frozen_block,) if self.frozen_block else self.parts
+        )  # trained blocks above frozen ones stay on the device
 
     def _waiting_on_device(self, placement: Placement) -> int:
         if not placement.is_streamed:
@@ -113,6 +126,7 @@ def step_memory(
     law: Law,
     rounding: Rounding = "nearest",
     write_every: int = 1,
+    stages: Stages | None = None,
     frozen: BlockParams | None = None,
     like: StepMemory | None = None,
     compiled: Callable[..., ProgramBytes] | None = None,
@@ -120,7 +134,7 @@ def step_memory(
     """Compiles the programs of a step and adds up; nothing is computed or allocated.
 
     Args:
-        model, sgd, plan, estimator, law, rounding, write_every: As of `make_step`.
+        model, sgd, plan, estimator, law, rounding, write_every, stages: As of `make_step`.
         params: The trained parameters, arrays or shapes.
         batch: Examples `[B, ...]`, arrays or shapes.
         frozen: The frozen parameters, arrays or shapes.
@@ -153,11 +167,9 @@ def step_memory(
     streams = jax.tree.map(placed, streams)
     index, rows = placed(jax.ShapeDtypeStruct((), jnp.int32)), jax.tree.leaves(batch)[0].shape[0]
     key = None if plan is None else placed(jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32")))
-    block = jax.tree.map(placed, layout.bucket())
     frozen_block = None if frozen_layout is None else jax.tree.map(placed, frozen_layout.bucket())
-    visit = (block, streams, index, frozen_block, context)
     start = (params.resident, context)
-    finish = (params.resident, streams, context, jax.ShapeDtypeStruct((rows,), jnp.bool_), key)
+    turns = programs.staged(spec, () if stages is None else buckets.parts_of(layout, stages.groups))
 
     def alive(jitted: Any, *arguments: Any, static: tuple[Any, ...] = (spec,)) -> int:
         found, given = compiled(jitted, *static, *arguments), _num_bytes(arguments)
@@ -165,18 +177,27 @@ def step_memory(
         return max(found.argument_bytes, given) + found.output_bytes - found.alias_bytes + found.temp_bytes
 
     is_kept = write_every > 1  # steps between two write-backs keep what they were given
+    written = (True, False) if is_kept else (True,)
+    starts = [programs.start_and_write if is_written else programs.start_and_keep for is_written in written]
+    visits = [programs.visit_of(is_written=is_written, is_stage=stages is not None) for is_written in written]
+    arguments = []  # of each visit
+    for turn in turns:
+        bucket = jax.tree.map(placed, turn.layout.bucket())
+        arguments.append((bucket, streams, index, frozen_block, context))
+        streams = jax.tree.map(placed, jax.eval_shape(functools.partial(visits[0], turn), *arguments[-1])[1])
+    finish = (params.resident, streams, context, jax.ShapeDtypeStruct((rows,), jnp.bool_), key)
     behind = alive(programs.finish, *finish, static=(spec, sgd, plan)) + is_kept * _num_bytes(params.resident)
     if like is not None:
         return dataclasses.replace(like, finish=behind)
-    starts, visits = [programs.start_and_write], [programs.visit_and_write]
-    if is_kept:
-        starts, visits = [*starts, programs.start_and_keep], [*visits, programs.visit_and_keep]
     return StepMemory(
         start=max(alive(program, *start) for program in starts),
-        visit=max(alive(program, *visit) for program in visits),
+        visits=tuple(
+            max(alive(program, *given, static=(turn,)) for program in visits)
+            for turn, given in zip(turns, arguments, strict=True)
+        ),
         finish=behind,
         resident=(1 + is_kept) * _num_bytes(params.resident),
-        block=layout.num_bytes,
+        parts=tuple(turn.layout.num_bytes for turn in turns),
         frozen_block=0 if frozen_layout is None else frozen_layout.num_bytes,
         num_blocks=num_blocks,
     )

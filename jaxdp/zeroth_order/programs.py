@@ -1,4 +1,4 @@
-"""The compiled programs of a run. A model has one set of them, however many blocks it has.
+"""The compiled programs of a run. A model has one set of them, however many blocks it has; a block in stages one for each stage.
 
 They are compiled for what `Spec` holds, and so shared by all runs that agree on it. Blocks come and go as buckets.
 """
@@ -20,9 +20,10 @@ from jaxdp.mechanism import PrivacyPlan
 from jaxdp.models.trainable import join
 from jaxdp.zeroth_order import aggregation, buckets, directions, updates
 from jaxdp.zeroth_order.aggregation import NotPrivate
-from jaxdp.zeroth_order.buckets import Bucket, Layout
+from jaxdp.zeroth_order.buckets import Bucket, Layout, Part
 from jaxdp.zeroth_order.directions import Law, LowRank
 from jaxdp.zeroth_order.estimators import Estimator
+from jaxdp.zeroth_order.stages import stage
 from jaxdp.zeroth_order.updates import Pending, Rounding, Scalars, Sgd
 
 #: Address of the leaves that belong to no block.
@@ -34,8 +35,9 @@ class Spec:
     """What the programs are compiled for; `make_step` describes the fields.
 
     Attributes:
-        layout: Of the trained blocks.
+        layout: Of the buckets of the trained blocks.
         frozen_layout: Of the frozen blocks; None without them.
+        part: What the buckets hold of a block, whose stage `model.block` then is; None for all of it.
     """
 
     model: BlockModel
@@ -44,6 +46,14 @@ class Spec:
     rounding: Rounding
     layout: Layout
     frozen_layout: Layout | None
+    part: Part | None = None
+
+
+def staged(spec: Spec, parts: tuple[Part, ...]) -> list[Spec]:
+    """What the programs of the buckets of a block are compiled for: of one, or of one for each part."""
+    return [
+        dataclasses.replace(spec, model=stage(spec.model, part, parts), layout=part.layout, part=part) for part in parts
+    ] or [spec]
 
 
 @jax.tree_util.register_dataclass
@@ -94,6 +104,22 @@ def visit_and_keep(
     return None, *_visit(spec, bucket, streams, index, frozen, context)[1:]
 
 
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def visit_stage_and_write(
+    spec: Spec, bucket: Bucket, streams: Any, index: jax.Array, frozen: Bucket | None, context: Context
+) -> tuple[Bucket, Any, jax.Array]:
+    """The same for a stage of a block: what leaves it has other shapes than what enters, and cannot take its place."""
+    return _visit(spec, bucket, streams, index, frozen, context)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def visit_stage_and_keep(
+    spec: Spec, bucket: Bucket, streams: Any, index: jax.Array, frozen: Bucket | None, context: Context
+) -> tuple[None, Any, jax.Array]:
+    """The same, with the updates applied for this visit only."""
+    return None, *_visit(spec, bucket, streams, index, frozen, context)[1:]
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def finish(
     spec: Spec,
@@ -119,13 +145,21 @@ def append(sgd: Sgd, pending: Pending, new: Scalars, step: Any) -> Pending:
     return updates.appended(pending, sgd, new, step)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
 def settle(
-    law: Law, rounding: Rounding, layout: Layout, bucket: Bucket, index: jax.Array, pending: Pending, root: jax.Array
+    law: Law,
+    rounding: Rounding,
+    layout: Layout,
+    part: Part | None,
+    bucket: Bucket,
+    index: jax.Array,
+    pending: Pending,
+    root: jax.Array,
 ) -> tuple[Bucket, jax.Array]:
     """One block with its updates, in place; the index of the next one."""
+    block = _address(index, part)
     bucket = updates.applied_in_place(
-        pending, layout, bucket, law=law, root=root, block=_address(index), rounding=rounding
+        pending, layout, bucket, law=law, root=root, block=block, rounding=rounding, part=part
     )
     return bucket, index + 1
 
@@ -142,13 +176,27 @@ def enter(model: BlockModel, resident: Params, frozen: Params, batch: Batch) -> 
     return _on_batch(model.embed, frozen, batch)(resident, None)
 
 
+def visit_of(*, is_written: bool, is_stage: bool) -> Callable[..., Any]:
+    """The program of a block, or of a stage of one."""
+    if is_stage:
+        return visit_stage_and_write if is_written else visit_stage_and_keep
+    return visit_and_write if is_written else visit_and_keep
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def advance(
     spec: Spec, bucket: Bucket, hidden: Any, index: jax.Array, frozen: Bucket | None, batch: Batch
 ) -> tuple[None, Any, jax.Array]:
     """One block, unperturbed."""
-    block = _on_batch(spec.model.block, _frozen(spec, frozen), batch)
-    return None, block(buckets.unpacked(spec.layout, bucket), hidden), index + 1
+    return _advance(spec, bucket, hidden, index, frozen, batch)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def advance_stage(
+    spec: Spec, bucket: Bucket, hidden: Any, index: jax.Array, frozen: Bucket | None, batch: Batch
+) -> tuple[None, Any, jax.Array]:
+    """One stage of a block, unperturbed."""
+    return _advance(spec, bucket, hidden, index, frozen, batch)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -173,35 +221,56 @@ def _start(spec: Spec, resident: Params, context: Context) -> tuple[Params, Any]
 def _visit(
     spec: Spec, bucket: Bucket, streams: Any, index: jax.Array, frozen: Bucket | None, context: Context
 ) -> tuple[Bucket, Any, jax.Array]:
-    block = _address(index)
+    block = _address(index, spec.part)
     bucket = updates.applied_in_place(
-        context.pending, spec.layout, bucket, law=spec.law, root=context.root, block=block, rounding=spec.rounding
+        context.pending,
+        spec.layout,
+        bucket,
+        law=spec.law,
+        root=context.root,
+        block=block,
+        rounding=spec.rounding,
+        part=spec.part,
     )
     # What is read below is the bucket as it leaves: without the barrier XLA would keep the leaves twice.
     bucket = lax.optimization_barrier(bucket)
     params = buckets.unpacked(spec.layout, bucket)
-    streams = _probed(spec, spec.model.block, params, streams, _frozen(spec, frozen), context, block)
+    streams = _probed(spec, spec.model.block, params, streams, _frozen(spec, frozen), context, block, part=spec.part)
     return bucket, streams, index + 1
 
 
+def _advance(
+    spec: Spec, bucket: Bucket, hidden: Any, index: jax.Array, frozen: Bucket | None, batch: Batch
+) -> tuple[None, Any, jax.Array]:
+    block = _on_batch(spec.model.block, _frozen(spec, frozen), batch)
+    return None, block(buckets.unpacked(spec.layout, bucket), hidden), index + 1
+
+
 def _probed(
-    spec: Spec, fun: Callable[..., Any], params: Params, streams: Any, frozen: Params, context: Context, block: Any
+    spec: Spec,
+    fun: Callable[..., Any],
+    params: Params,
+    streams: Any,
+    frozen: Params,
+    context: Context,
+    block: Any,
+    part: Part | None = None,
 ) -> Any:
     is_factored = isinstance(spec.law, LowRank)
 
     def direction(k: jax.Array) -> Params:
-        return directions.leaf_directions(
-            spec.law,
-            context.root,
-            step=context.step,
-            k=k,
-            block=jnp.asarray(block, jnp.uint32),
-            shapes=params,
-            is_factored=is_factored,
-        )
+        def drawn(shapes: Params, only: int | None = None) -> Params:
+            address = {"step": context.step, "k": k, "block": jnp.asarray(block, jnp.uint32)}
+            return directions.leaf_directions(
+                spec.law, context.root, **address, shapes=shapes, only=only, is_factored=is_factored
+            )
 
-    part = _on_batch(fun, frozen, context.batch)
-    return spec.estimator.lift(part, params, direction, streams, is_factored=is_factored)
+        if part is None:
+            return drawn(params)
+        return [drawn(part.whole.block(), number) for number in part.numbers]
+
+    lifted = _on_batch(fun, frozen, context.batch)
+    return spec.estimator.lift(lifted, params, direction, streams, is_factored=is_factored)
 
 
 def _on_batch(fun: Callable[..., Any], frozen: Params, batch: Batch) -> Callable[[Params, Any], Any]:
@@ -220,5 +289,7 @@ def _frozen(spec: Spec, bucket: Bucket | None) -> Params:
     return None if spec.frozen_layout is None or bucket is None else buckets.unpacked(spec.frozen_layout, bucket)
 
 
-def _address(index: jax.Array) -> jax.Array:
-    return index.astype(jnp.uint32) + jnp.uint32(1)
+def _address(index: jax.Array, part: Part | None) -> jax.Array:
+    """The block of a bucket."""
+    num_parts = 1 if part is None else part.num_parts
+    return lax.div(index, jnp.int32(num_parts)).astype(jnp.uint32) + jnp.uint32(1)

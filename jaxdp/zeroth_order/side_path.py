@@ -65,15 +65,7 @@ def apply_along(
 
 
 def _run(body: jaxprs.Body, arguments: Sequence[Any]) -> list[Any]:
-    env: dict[Any, Any] = dict(zip(body.jaxpr.constvars, body.consts, strict=True))
-    env.update(zip(body.invars, arguments, strict=True))
-
-    def read(atom: Any) -> Any:
-        return jnp.asarray(atom.val, atom.aval.dtype) if jaxprs.is_literal(atom) else env[atom]
-
-    for eqn in body.equations:
-        env.update(zip(eqn.outvars, _equation(eqn, [read(atom) for atom in eqn.invars]), strict=True))
-    return [read(atom) for atom in body.outvars]
+    return jaxprs.evaluate(body, arguments, _equation)
 
 
 def _equation(eqn: jaxprs.Equation, operands: list[Any]) -> list[Any]:

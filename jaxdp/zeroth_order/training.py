@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -14,12 +16,14 @@ from jaxdp import _validate
 from jaxdp._typing import Batch, Key, Params
 from jaxdp.block_model import BlockModel, BlockParams
 from jaxdp.mechanism import Ledger, PrivacyPlan
+from jaxdp.models.lazy_stack import LazyStack
 from jaxdp.zeroth_order import buckets, directions, programs, updates
 from jaxdp.zeroth_order.aggregation import NotPrivate, check_examples, check_zeroth_order_plan, unrelated_noise_key
-from jaxdp.zeroth_order.buckets import Layout
+from jaxdp.zeroth_order.buckets import Layout, Part
 from jaxdp.zeroth_order.directions import Law, LowRank, Rademacher
 from jaxdp.zeroth_order.estimators import Estimator, OneSided, TwoSided
-from jaxdp.zeroth_order.programs import Context, Spec
+from jaxdp.zeroth_order.programs import Context, Spec, staged
+from jaxdp.zeroth_order.stages import Stages
 from jaxdp.zeroth_order.streaming import Placement, on_device, pass_through
 from jaxdp.zeroth_order.updates import Pending, Rounding, Scalars, Sgd
 
@@ -32,11 +36,12 @@ class State:
 
     Attributes:
         resident: Leaves on the device that belong to no block.
-        blocks: A bucket for each block, where the blocks wait.
+        blocks: A bucket for each block, where the blocks wait; or one for each stage of each block, block by block.
         pending: Without entries. It carries the momentum.
         direction_words: Of the direction key. Public.
         step: Index of the next step.
-        layout: Of the buckets.
+        layout: Of the blocks.
+        parts: What each bucket of a block holds; empty if a block is one bucket.
         frozen: What is read and never changed, if anything.
         ledger: Under a plan, how many steps were released at which noise.
         noise_key: Under a plan, the secret noise key; it has nothing to do with the direction key (S8).
@@ -48,13 +53,41 @@ class State:
     direction_words: jax.Array
     step: int
     layout: Layout = dataclasses.field(repr=False)
+    parts: tuple[Part, ...] = dataclasses.field(repr=False, default=())
     frozen: Frozen | None = dataclasses.field(repr=False, default=None)
     ledger: Ledger = dataclasses.field(default_factory=Ledger)
     noise_key: Key | None = dataclasses.field(repr=False, default=None)
 
     def params(self) -> BlockParams:
         """The trained parameters, as NumPy arrays: `resident`, and `blocks` stacked `[N, ...]`."""
-        return BlockParams(jax.device_get(self.resident), buckets.stacked_again(self.layout, list(self.blocks)))
+        return BlockParams(jax.device_get(self.resident), buckets.stacked_again(self.layout, self.blocks, self.parts))
+
+    def params_in_place(self) -> BlockParams:
+        """The same, but that the blocks stay where they wait until they are asked for: leaves of blocks are `LazyStack`s.
+
+        They are those of this state, and gone when it is stepped.
+        """
+        layout, parts, blocks = self.layout, self.parts, self.blocks  # and not what is frozen
+        num_buckets = max(1, len(parts))  # of a block
+
+        @functools.lru_cache(maxsize=1)
+        def leaves_of(index: int) -> list[np.ndarray]:
+            # Through another array of the same memory: the first would keep its copy on the host.
+            found = [
+                jax.tree.map(lambda flat: np.asarray(flat.addressable_data(0)), bucket)
+                for bucket in blocks[index * num_buckets : (index + 1) * num_buckets]
+            ]
+            return jax.tree.leaves(buckets.all_unpacked(layout, parts, found))
+
+        stacks = [
+            LazyStack(
+                (len(blocks) // num_buckets, *shape),
+                jnp.dtype(dtype),
+                lambda i, number=number: leaves_of(i)[number],
+            )
+            for number, (shape, dtype) in enumerate(zip(layout.shapes, layout.dtypes, strict=True))
+        ]
+        return BlockParams(jax.device_get(self.resident), layout.treedef.unflatten(stacks))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +154,7 @@ def make_step(
     estimator: Estimator | None = None,
     law: Law | None = None,
     placement: Placement | None = None,
+    stages: Stages | None = None,
     write_every: int = 1,
     rounding: Rounding = "nearest",
 ) -> Steps:
@@ -147,6 +181,8 @@ def make_step(
         estimator: How the model is probed; `TwoSided()` by default.
         law: What directions are drawn from; `Rademacher()` by default.
         placement: Where blocks wait; on the device by default.
+        stages: Of `split_block`, for blocks of which two or three do not fit the device: the leaves of a stage travel together, and
+            a stage is what computes while others travel. Each stage has programs of its own. None: a block is one stage.
         write_every: Visits between two write-backs of a block. The updates between are applied afresh at every visit, at the price
             of drawing their directions again; narrow dtypes are then rounded that much less often.
         rounding: Of parameters narrower than float32 when they are written, "nearest" or "stochastic". Nearest loses updates
@@ -191,6 +227,10 @@ def make_step(
         frozen_layout = None if state.frozen is None else state.frozen.layout
         return Spec(model, estimator, law, rounding, state.layout, frozen_layout)
 
+    def visits_of(state: State) -> Iterator[Spec]:
+        """Of one bucket after the other."""
+        return itertools.cycle(staged(spec_of(state), state.parts))
+
     def recorded(state: State) -> Ledger:
         return state.ledger if plan is None else state.ledger.record(plan)
 
@@ -211,17 +251,27 @@ def make_step(
             raise ValueError(
                 "blocks holds quantized leaves, and only frozen ones can be: an update would be lost in them."
             )
+        if stages is not None and frozen is not None and jax.tree.leaves(frozen.blocks):
+            raise ValueError(
+                "stages are for blocks without frozen leaves; leave stages out, and the blocks travel whole."
+            )
+        parts = () if stages is None else buckets.parts_of(layout, stages.groups)
         waits = placement if frozen is None or not jax.tree.leaves(frozen.blocks) else Placement(False)
         kept = None
         if frozen is not None:
             kept = _frozen(frozen, num_blocks, placement)
         return State(
             resident=on_device(jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), resident)),
-            blocks=tuple(waits.store(buckets.packed(layout, stacked, i)) for i in range(num_blocks)),
+            blocks=tuple(
+                waits.store(bucket)
+                for i in range(num_blocks)
+                for bucket in buckets.all_packed(layout, parts, stacked, i)
+            ),
             pending=on_device(updates.nothing_pending(sgd, estimator.num_directions, write_every)),
             direction_words=on_device(jnp.array(directions.words_of(direction_key), copy=True)),
             step=0,
             layout=layout,
+            parts=parts,
             frozen=kept,
             noise_key=None if plan is None else on_device(unrelated_noise_key(noise_key, direction_key)),
         )
@@ -233,17 +283,17 @@ def make_step(
         directions.check_step(state.step)
         mask = check_examples(plan, state.ledger, state.noise_key, batch, is_padding_example)
         batch = on_device(batch)
-        index, spec = np.uint32(state.step), spec_of(state)
+        index, spec, turns = np.uint32(state.step), spec_of(state), visits_of(state)
         frozen = None if state.frozen is None else state.frozen.resident
         context = Context(state.pending, state.direction_words, index, batch, frozen)
         # Where every visit writes, so does the first, though it has nothing to write: one set of programs, and no second copy.
         is_written = num_pending == write_every or write_every == 1
         start = programs.start_and_write if is_written else programs.start_and_keep
-        visit = programs.visit_and_write if is_written else programs.visit_and_keep
+        visit = programs.visit_of(is_written=is_written, is_stage=bool(state.parts))
         resident, streams = start(spec, state.resident, context)
         blocks, stored = stores(state)
         streams = pass_through(
-            lambda arrived, streams, i: visit(spec, arrived[0], streams, i, arrived[1], context),
+            lambda arrived, streams, i: visit(next(turns), arrived[0], streams, i, arrived[1], context),
             stored,
             streams,
             is_written=is_written,
@@ -268,8 +318,13 @@ def make_step(
         assert num_pending > 0  # a step leaves its own update
         pending, root = state.pending, state.direction_words
 
+        turns = visits_of(state)
+
         def settle(arrived: tuple[Any, ...], carry: None, index: Any) -> tuple[Any, None, Any]:
-            bucket, following = programs.settle(law, rounding, state.layout, arrived[0], index, pending, root)
+            visit = next(turns)
+            bucket, following = programs.settle(
+                law, rounding, visit.layout, visit.part, arrived[0], index, pending, root
+            )
             return bucket, None, following
 
         blocks, stored = stores(state)
@@ -295,9 +350,10 @@ def make_step(
                 f"losses needs a State, got {type(state).__name__}: its last update has not reached the blocks; call flush first."
             )
         batch = on_device(batch)
-        spec, frozen = spec_of(state), None if state.frozen is None else state.frozen.resident
+        turns, frozen = visits_of(state), None if state.frozen is None else state.frozen.resident
+        advance = programs.advance_stage if state.parts else programs.advance
         hidden = pass_through(
-            lambda arrived, hidden, i: programs.advance(spec, arrived[0], hidden, i, arrived[1], batch),
+            lambda arrived, hidden, i: advance(next(turns), arrived[0], hidden, i, arrived[1], batch),
             stores(state)[1],
             programs.enter(model, state.resident, frozen, batch),
             is_written=False,

@@ -241,7 +241,7 @@ def replayed(steps: Steps, state: State, trajectory: Trajectory) -> State | Defe
         raise ValueError(f"the trajectory has direction key {header.direction_words}, and the state {words}.")
     if state.step != 0:
         raise ValueError(f"state is at step {state.step}; give that of init with the base parameters.")
-    found = fingerprint(state.params())
+    found = fingerprint(state.params_in_place())
     if found != header.base:
         raise ValueError(
             f"the base parameters have fingerprint {found[:16]}…, and the trajectory's {header.base[:16]}…."

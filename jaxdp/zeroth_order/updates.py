@@ -22,7 +22,7 @@ from jax import lax
 from jaxdp import _validate
 from jaxdp._typing import Params
 from jaxdp.zeroth_order import buckets, directions
-from jaxdp.zeroth_order.buckets import Bucket, Layout
+from jaxdp.zeroth_order.buckets import Bucket, Layout, Part
 from jaxdp.zeroth_order.directions import Law, rounded
 
 #: A constant, or a function of the step's index, such as an optax schedule.
@@ -206,16 +206,20 @@ def applied_in_place(
     root: jax.Array,
     block: jax.Array,
     rounding: Rounding = "nearest",
+    part: Part | None = None,
 ) -> Bucket:
-    """`applied` to a bucket, leaf by leaf, so that a donated bucket is changed where it lies."""
-    shapes = layout.block()
-    if directions.is_small(shapes):
+    """`applied` to a bucket, leaf by leaf, so that a donated bucket is changed where it lies.
+
+    With the layout of a `part`, to the leaves of a block that it has.
+    """
+    shapes = (layout if part is None else part.whole).block()
+    if part is None and directions.is_small(shapes):
         params = applied(pending, buckets.unpacked(layout, bucket), law=law, root=root, block=block, rounding=rounding)
         return buckets.replaced(layout, bucket, params)
-    for i in range(len(layout.shapes)):
+    for i, number in enumerate(range(len(layout.shapes)) if part is None else part.numbers):
         old = buckets.leaf(layout, bucket, i)
-        (wide,) = _with_terms(pending, [old], only=i, law=law, root=root, block=block, shapes=shapes)
-        new = _narrowed(pending, wide, old, i, rounding, root=root, block=block, shapes=shapes)
+        (wide,) = _with_terms(pending, [old], only=number, law=law, root=root, block=block, shapes=shapes)
+        new = _narrowed(pending, wide, old, number, rounding, root=root, block=block, shapes=shapes)
         bucket = buckets.with_leaf(layout, bucket, i, new)
     return bucket
 

@@ -92,7 +92,9 @@ def test_a_streamed_zeroth_order_step_of_opt_13b_takes_less_memory_than_publishe
     from benchmarks import zeroth_order_memory
 
     found = zeroth_order_memory.row("opt-13b", zeroth_order_memory.LAWS["rademacher"])
-    visit = found["programs"]["visit_and_write"]
+    (visit,) = (program for program in found["programs"] if program["program"] == "visit_and_write")
     assert visit["alias_bytes"] >= found["block_bytes"]  # the bucket is donated for real
     assert visit["temp_bytes"] < found["block_bytes"]
     assert found["peak_bytes"]["0"] < found["peak_bytes"]["1"] < 3.2 * 2**30
+    # In stages, what overlaps takes less than what does not overlap with whole blocks.
+    assert found["in_stages"]["peak_bytes"]["1"] < found["peak_bytes"]["0"]

@@ -21,6 +21,7 @@ from jaxdp.text import Record
 from jaxdp.zeroth_order import read_trajectory
 from jaxdp.zeroth_order.memory import StepMemory
 
+pytestmark = pytest.mark.unoptimized  # all alike; tests/zeroth_order compares bits as users compile
 SMALL = ["--expected-batch-size", "8", "--max-length", "24", "--learning-rate", "1e-3"]
 PRIVATE = [
     "--method",
@@ -57,13 +58,15 @@ def files_of(folder) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def secrets():
-    return run_secrets.RunSecrets(jax.random.key(7, impl="threefry2x32"), 12345, "", 256, 1)
+    return run_secrets.RunSecrets(jax.random.key(7, impl="threefry2x32"), 12345, "", 256, 1, is_split=False)
 
 
 @pytest.fixture
 def same_secrets(secrets, monkeypatch):
     """Every run of the test draws the same noise and batches."""
-    monkeypatch.setattr(run_secrets, "draw", lambda data, *chunks: secrets._replace(data_sha256=data))
+    monkeypatch.setattr(
+        run_secrets, "draw", lambda data, *chunks, is_split: secrets._replace(data_sha256=data, is_split=is_split)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +81,9 @@ def private_run(llama, texts, tmp_path_factory, secrets):
 
     logger, listener = logging.getLogger("jax._src.dispatch"), Listener()
     with pytest.MonkeyPatch.context() as patch, jax.log_compiles():
-        patch.setattr(run_secrets, "draw", lambda data, *chunks: secrets._replace(data_sha256=data))
+        patch.setattr(
+            run_secrets, "draw", lambda data, *chunks, is_split: secrets._replace(data_sha256=data, is_split=is_split)
+        )
         logger.addHandler(listener)
         try:
             main(arguments(llama, texts, out, *PRIVATE))
@@ -121,7 +126,7 @@ def test_scores_are_those_of_the_released_model(private_run, llama, texts):
         expected = text.evaluate_language_model(loaded.model.logits, loaded.params, data)
         found = report_of(out)["evaluation"][when]
         assert found["num_tokens"] == expected.num_tokens
-        assert found["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
+        assert found["perplexity"] == pytest.approx(expected.perplexity, rel=1e-5)
 
 
 def test_a_streamed_run_is_the_resident_run_bit_for_bit(private_run, llama, texts, tmp_path, same_secrets):
@@ -135,6 +140,29 @@ def test_a_streamed_run_is_the_resident_run_bit_for_bit(private_run, llama, text
         report["link"]["bytes_per_step"] == 2 * 2 * (16 * 16 * 4 + 16 * 24 * 3 + 2 * 16) * 4
     )  # both ways, 2 blocks, float32
     assert 0 <= report["link"]["overlap"] <= 1
+
+
+@pytest.mark.unoptimized
+def test_blocks_in_stages_are_chosen_with_the_secrets_and_replayed(llama, texts, tmp_path, monkeypatch, capsys):
+    """Whatever is resumed keeps its stages: another cut could change the last bit of a loss."""
+    out, choose, calls = tmp_path / "stages", memory_choice.choose, []
+
+    def split(*arguments, **options):
+        calls.append(options["splits"])
+        return choose(*arguments, **options | {"splits": options["splits"][-1:]})
+
+    monkeypatch.setattr(memory_choice, "choose", split)
+    main(arguments(llama, texts, out, *PRIVATE, "--stream"))
+    report = report_of(out)
+    assert report["stages"] > 2
+    assert f"streamed in {report['stages']} stages each, 1 prefetched" in capsys.readouterr().out
+    assert report["link"]["bytes_per_step"] == 2 * 2 * (16 * 16 * 4 + 16 * 24 * 3 + 2 * 16) * 4
+    expected = files_of(out)
+    (out / "report.json").unlink()
+    main([*arguments(llama, texts, out, *PRIVATE), "--resume"])
+    assert files_of(out) == expected
+    assert calls == [(False, True), (True,)]
+    replayed_to(out, llama, tmp_path)
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bits(
@@ -374,33 +402,39 @@ def test_a_run_that_does_not_fit_is_refused_with_remedies(private_run, llama, te
         assert not (tmp_path / "out").exists()
 
 
-def memory(finish: int) -> StepMemory:
-    """Blocks of 100 bytes, ten of them."""
-    return StepMemory(start=50, visit=300, finish=finish, resident=20, block=100, frozen_block=0, num_blocks=10)
+def memory(finish: int, *, is_split: bool = False) -> StepMemory:
+    """Blocks of 100 bytes, ten of them, whole or in two stages."""
+    visits, parts = ((240, 200), (60, 40)) if is_split else ((300,), (100,))
+    return StepMemory(start=50, visits=visits, finish=finish, resident=20, parts=parts, frozen_block=0, num_blocks=10)
 
 
 @pytest.mark.parametrize(
-    ("device", "is_streamed", "expected"),
+    ("device", "is_streamed", "can_split", "expected"),
     [
-        (2000, False, (1, 256)),
-        (2000, True, (1, 256)),
-        (700, True, (1, 64)),  # a smaller head before a shorter prefetch
-        (400, True, (0, 64)),
-        (330, True, (0, 16)),
-        (319, True, "--stream"),
-        (700, False, "--stream"),
+        (2000, False, False, (1, False, 256)),
+        (2000, True, True, (1, False, 256)),
+        (700, True, True, (1, False, 64)),  # a smaller head before stages
+        (450, True, True, (1, True, 64)),  # stages before a shorter prefetch
+        (450, True, False, (0, False, 64)),
+        (340, True, True, (1, True, 16)),
+        (330, True, True, (0, False, 16)),
+        (319, True, True, (0, True, 16)),
+        (319, True, False, "--stream"),
+        (259, True, True, "--stream"),
+        (700, False, False, "--stream"),
     ],
 )
-def test_what_fits_is_chosen(device, is_streamed, expected):
+def test_what_fits_is_chosen(device, is_streamed, can_split, expected):
     finishes = {256: 900, 64: 350, 16: 100}
     room = Room(device, "a test", None, None, is_shared=False)
 
     def chosen():
         return memory_choice.choose(
-            lambda tokens, num_at_once: memory(finishes[tokens]),
+            lambda is_split, tokens, num_at_once: memory(finishes[tokens], is_split=is_split),
             room,
             is_streamed=is_streamed,
             more_host_bytes=0,
+            splits=(False, True) if can_split else (False,),
             head_tokens=memory_choice.head_tokens_of(100),
             nums_at_once=(1,),
             remedies=["less"],
@@ -412,7 +446,7 @@ def test_what_fits_is_chosen(device, is_streamed, expected):
         ):
             chosen()
     else:
-        assert (chosen().placement.prefetch, chosen().head_tokens) == expected
+        assert (chosen().placement.prefetch, chosen().is_split, chosen().head_tokens) == expected
 
 
 def test_the_peak_is_all_that_is_alive():
@@ -425,6 +459,11 @@ def test_the_peak_is_all_that_is_alive():
     assert figures.host_bytes(Placement(True, 1)) == 10 * 100 + 2 * 100
     assert figures.link_bytes(Placement(True, 1), write_every=2) == 10 * 100 * 1.5
     assert figures.link_bytes(Placement(False)) == 0
+    stages = memory(100, is_split=True)
+    assert stages.device_peak(Placement(True, 0)) == 240 + 20
+    assert stages.device_peak(Placement(True, 1)) == 240 + 20 + 2 * 40  # the other stage arrives, and another leaves
+    assert stages.host_bytes(Placement(True, 1)) == 10 * 100 + 2 * 60
+    assert stages.link_bytes(Placement(True, 1), write_every=2) == 10 * 100 * 1.5
 
 
 def test_host_memory_is_refused_too(llama, texts, tmp_path, monkeypatch, capsys, private_run):

@@ -1,5 +1,6 @@
 """A run as a file of kilobytes: exported without its noise, and replayed to the released model bit for bit."""
 
+import dataclasses
 import json
 import shutil
 
@@ -9,8 +10,9 @@ import pytest
 
 from jaxdp.cli import main, run_secrets
 from jaxdp.models.weights import load_model
-from jaxdp.zeroth_order import directions, read_trajectory
+from jaxdp.zeroth_order import Journal, directions, read_trajectory
 
+pytestmark = pytest.mark.unoptimized
 SETTINGS = [
     "--expected-batch-size", "8", "--max-length", "24", "--learning-rate", "1e-3", "--num-steps", "5", "--method", "dpzero",
     "--noise-multiplier", "1", "--l2-clip-norm", "5", "--accountant", "rdp", "--tune", "lora", "--lora-rank", "2",
@@ -111,3 +113,11 @@ def test_bad_input_is_refused_and_nothing_overwritten(finished, llama, tmp_path,
     damaged.write_bytes(b"something else")
     assert "is not a jaxdp trajectory" in refused(capsys, "replay", damaged, "--base", llama, "--out", tmp_path / "a")
     assert not (tmp_path / "a").exists()
+    older = tmp_path / "older"
+    older.mkdir()
+    header = read_trajectory(trajectory).header
+    assert header.privacy is not None
+    plan = {name: value for name, value in header.privacy.items() if name != "noise"}
+    Journal.create(older / "trajectory.jaxdpzo", dataclasses.replace(header, privacy=plan)).close()
+    assert "lacks noise; it was written by another version" in refused(capsys, "export-trajectory", older)
+    assert not (older / "released.jaxdpzo").exists()
