@@ -1,11 +1,13 @@
 r"""Time and device memory of a zeroth-order step: streamed, resident, its parts, plain forward passes, and MeZO in PyTorch.
 
     python -m benchmarks.zeroth_order --json benchmarks/results/zeroth_order_cpu.json
+    python -m benchmarks.zeroth_order --is-split --no-is-resident --json benchmarks/results/zeroth_order_stages_cpu.json
     python -m benchmarks.zeroth_order --problem opt-13b --no-is-resident --max-device-gigabytes 8 --json opt-13b.json
 
 For every K, these take turns:
 
     streamed       a step whose blocks wait in pinned host memory
+    in_stages      the same with every block in stages (`split_block`), with --is-split
     transfers      its transfers alone: every block to the device and back
     computation    its computation alone: all blocks are one, which stays on the device
     resident       a step with all blocks on the device, where they fit
@@ -56,6 +58,8 @@ class Config:
     """Values of K."""
     is_resident: bool = True
     """Run the contenders for which all blocks must be on the device, too."""
+    is_split: bool = False
+    """Stream blocks in stages, too."""
     prefetch: int = 1
     """Blocks under way to the device while one computes."""
     torch: bool = False
@@ -129,6 +133,9 @@ def _steps(problem: Problem, num_directions: int, config: Config, pace: Mapping[
     streamed.step()
     memory = jax.local_devices()[0].memory_stats() or {}
     yield {"device_peak_bytes": memory.get("peak_bytes_in_use")}
+    if config.is_split:
+        staged = Placement(is_streamed=True, prefetch=config.prefetch)
+        contenders["in_stages"] = Run(problem, num_directions, staged, is_split=True).step
     contenders["transfers"] = streamed.transfers
     contenders["computation"] = zeroth_order_contenders.computation(problem, num_directions)
     peers: dict[str, Any] = {}
@@ -168,6 +175,8 @@ def ratios(times: Mapping[str, Sequence[float]], num_directions: int) -> dict[st
         "step_over_bound": lambda t: t["streamed"] / max(t["transfers"], t["computation"]),
         "link_utilization": lambda t: t["transfers"] / t["streamed"],
     }
+    if "in_stages" in times:
+        of["in_stages_over_streamed"] = lambda t: t["in_stages"] / t["streamed"]
     if "resident" in times:
         of |= {
             "streamed_over_resident": lambda t: t["streamed"] / t["resident"],

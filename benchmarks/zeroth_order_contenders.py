@@ -16,22 +16,38 @@ import numpy as np
 from benchmarks.zeroth_order_problems import Problem
 from jaxdp.block_model import BlockParams, loss_fn
 from jaxdp.mechanism import PrivacyPlan
-from jaxdp.zeroth_order import Placement, Rademacher, Scalars, Sgd, State, Steps, TwoSided, make_step
+from jaxdp.zeroth_order import Placement, Rademacher, Scalars, Sgd, State, Steps, TwoSided, make_step, split_block
 from jaxdp.zeroth_order.streaming import on_device, pass_through
 
 
 class Run:
-    """A zeroth-order run that goes on with every call of `step`: SPSA, Rademacher directions, SGD; private under a plan."""
+    """A zeroth-order run that goes on with every call of `step`: SPSA, Rademacher directions, SGD; private under a plan.
+
+    With `is_split` a block passes in stages.
+    """
 
     def __init__(
-        self, problem: Problem, num_directions: int, placement: Placement, *, plan: PrivacyPlan | None = None
+        self,
+        problem: Problem,
+        num_directions: int,
+        placement: Placement,
+        *,
+        plan: PrivacyPlan | None = None,
+        is_split: bool = False,
     ) -> None:
         self._placement = placement
-        estimator = TwoSided(num_directions)
+        batch = problem.draw_batch()
+        example = jax.tree.map(lambda leaf: leaf[0], batch)
         self._steps: Steps = make_step(
-            problem.blocks, Sgd(1e-6), plan=plan, estimator=estimator, law=Rademacher(), placement=placement
+            problem.blocks,
+            Sgd(1e-6),
+            plan=plan,
+            estimator=TwoSided(num_directions),
+            law=Rademacher(),
+            placement=placement,
+            stages=split_block(problem.blocks, problem.params, example) if is_split else None,
         )
-        self._batch = on_device(problem.draw_batch())
+        self._batch = on_device(batch)
         state = self._steps.init(problem.params, direction_key=jax.random.key(0))
         # As after a step: the first step has an update to apply, and runs the programs of all others.
         nothing = Scalars(jnp.zeros(num_directions, jnp.float32), jnp.float32(0.0))

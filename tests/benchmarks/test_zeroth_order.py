@@ -34,6 +34,17 @@ def test_transfers_alone_change_nothing_and_the_run_goes_on():
     assert params_of(runs[0]) == params_of(runs[1])
 
 
+def test_a_run_in_stages_is_a_run():
+    placement = Placement(is_streamed=True)
+    whole, split = (zeroth_order_contenders.Run(TINY, 1, placement, is_split=is_split) for is_split in (False, True))
+    assert len(split._state.waiting.blocks) > len(whole._state.waiting.blocks) == TINY.num_blocks
+    for _ in range(2):  # the second applies the first's update
+        split.step()
+    assert params_of(split) != bits(TINY.params)
+    found = zeroth_order.ratios({"streamed": [2.0], "in_stages": [3.0], "transfers": [1.0], "computation": [1.0]}, 1)
+    assert found["in_stages_over_streamed"]["median"] == 1.5
+
+
 def test_the_computation_is_that_of_a_step_with_one_block_for_all():
     """Of a model with one block, where it is the step itself."""
     problem = dataclasses.replace(TINY, num_blocks=1)
