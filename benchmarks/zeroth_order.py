@@ -1,7 +1,7 @@
 r"""Time and device memory of a zeroth-order step: streamed, resident, its parts, plain forward passes, and MeZO in PyTorch.
 
     python -m benchmarks.zeroth_order --json benchmarks/results/zeroth_order_cpu.json
-    python -m benchmarks.zeroth_order --is-split --no-is-resident --json benchmarks/results/zeroth_order_stages_cpu.json
+    python -m benchmarks.zeroth_order --problem cpu-512 --is-split --json benchmarks/results/zeroth_order_stages_cpu.json
     python -m benchmarks.zeroth_order --problem opt-13b --no-is-resident --max-device-gigabytes 8 --json opt-13b.json
 
 For every K, these take turns:
@@ -53,7 +53,7 @@ class Config:
     """Measure a zeroth-order step on the default device."""
 
     problem: str = "cpu"
-    """The model: cpu, opt-1.3b, opt-6.7b, opt-13b, opt-30b, or tiny."""
+    """The model: cpu, cpu-512, opt-1.3b, opt-6.7b, opt-13b, opt-30b, or tiny."""
     num_directions: tuple[int, ...] = (1, 4, 16)
     """Values of K."""
     is_resident: bool = True

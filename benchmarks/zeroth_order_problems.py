@@ -113,6 +113,8 @@ def _random(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 PROBLEMS = {
     "tiny": Problem(num_blocks=2, width=16, num_heads=2, vocabulary=31, length=8, dtype="float32"),
     "cpu": Problem(num_blocks=6, width=256, num_heads=4, vocabulary=1024, length=128, dtype="float32"),
+    # Blocks of more than 2^20 entries, whose directions are drawn leaf by leaf, as those of all real models.
+    "cpu-512": Problem(num_blocks=4, width=512, num_heads=8, vocabulary=1024, length=128, dtype="float32"),
     "opt-1.3b": Problem(24, 2048, 32),
     "opt-6.7b": Problem(32, 4096, 32),
     "opt-13b": Problem(40, 5120, 40),
