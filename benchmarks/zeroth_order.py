@@ -1,7 +1,8 @@
 r"""Time and device memory of a zeroth-order step: streamed, resident, its parts, plain forward passes, and MeZO in PyTorch.
 
     python -m benchmarks.zeroth_order --json benchmarks/results/zeroth_order_cpu.json
-    python -m benchmarks.zeroth_order --problem cpu-512 --is-split --json benchmarks/results/zeroth_order_stages_cpu.json
+    python -m benchmarks.zeroth_order --problem cpu-512 --is-split --no-is-resident --num-directions 1 4 \
+        --json benchmarks/results/zeroth_order_stages_cpu.json
     python -m benchmarks.zeroth_order --problem opt-13b --no-is-resident --max-device-gigabytes 8 --json opt-13b.json
 
 For every K, these take turns:
