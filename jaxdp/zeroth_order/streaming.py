@@ -38,8 +38,9 @@ class Placement:
 
     Attributes:
         is_streamed: On the host, or on the device.
-        prefetch: How many blocks, or stages of blocks (`jaxdp.zeroth_order.stages`), are under way to the device while one computes;
-            each needs memory there. With 0 a block travels while nothing computes: the least memory, one block, and the most time.
+        prefetch: How many blocks, or stages of blocks (`jaxdp.zeroth_order.stages`), are under way to the device while one
+            computes; each needs memory there. With 0 a block travels while nothing computes: the least memory, one block, and the
+            most time.
     """
 
     is_streamed: bool = False
