@@ -219,18 +219,31 @@ def replaced(layout: Layout, bucket: Bucket, block: Params) -> Bucket:
 
 def stacked_again(layout: Layout, buckets: Sequence[Bucket], parts: tuple[Part, ...] = ()) -> Params:
     """The stacked pytree of all blocks, as NumPy arrays, filled block by block."""
-    num_buckets = max(1, len(parts))  # of a block
+    num_blocks = num_blocks_in(buckets, parts)
     leaves = [
-        np.empty((len(buckets) // num_buckets, *shape), jnp.dtype(dtype))
+        np.empty((num_blocks, *shape), jnp.dtype(dtype))
         for shape, dtype in zip(layout.shapes, layout.dtypes, strict=True)
     ]
-    for index, bucket in enumerate(buckets):
-        block, position = divmod(index, num_buckets)
-        bucket = {dtype: np.asarray(flat) for dtype, flat in bucket.items()}
-        values = jax.tree.leaves(unpacked(parts[position].layout if parts else layout, bucket))
-        for number, value in zip(parts[position].numbers if parts else range(len(leaves)), values, strict=True):
-            leaves[number][block] = value
+    for index in range(num_blocks):
+        for leaf, value in zip(leaves, jax.tree.leaves(block_at(layout, buckets, parts, index)), strict=True):
+            leaf[index] = value
     return layout.treedef.unflatten(leaves)
+
+
+def num_blocks_in(buckets: Sequence[Bucket], parts: tuple[Part, ...]) -> int:
+    """N of the buckets of all blocks."""
+    return len(buckets) // max(1, len(parts))
+
+
+def block_at(layout: Layout, buckets: Sequence[Bucket], parts: tuple[Part, ...], index: int) -> Params:
+    """Block `index` of the buckets of all blocks, in NumPy arrays, wherever they wait."""
+    num_buckets = max(1, len(parts))  # of a block
+    # Through another array of the same memory: the first would keep its copy on the host.
+    found = [
+        jax.tree.map(lambda flat: np.asarray(flat.addressable_data(0)), bucket)
+        for bucket in buckets[index * num_buckets : (index + 1) * num_buckets]
+    ]
+    return all_unpacked(layout, parts, found)
 
 
 def _is_packed(leaf: Any) -> bool:

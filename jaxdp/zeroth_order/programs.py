@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -104,20 +105,9 @@ def visit_and_keep(
     return None, *_visit(spec, bucket, streams, index, frozen, context)[1:]
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def visit_stage_and_write(
-    spec: Spec, bucket: Bucket, streams: Any, index: jax.Array, frozen: Bucket | None, context: Context
-) -> tuple[Bucket, Any, jax.Array]:
-    """The same for a stage of a block: what leaves it has other shapes than what enters, and cannot take its place."""
-    return _visit(spec, bucket, streams, index, frozen, context)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def visit_stage_and_keep(
-    spec: Spec, bucket: Bucket, streams: Any, index: jax.Array, frozen: Bucket | None, context: Context
-) -> tuple[None, Any, jax.Array]:
-    """The same, with the updates applied for this visit only."""
-    return None, *_visit(spec, bucket, streams, index, frozen, context)[1:]
+# What leaves a stage of a block has other shapes than what enters, and cannot take its place.
+visit_stage_and_write = jax.jit(inspect.unwrap(visit_and_write), static_argnums=0, donate_argnums=1)
+visit_stage_and_keep = jax.jit(inspect.unwrap(visit_and_keep), static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -188,15 +178,11 @@ def advance(
     spec: Spec, bucket: Bucket, hidden: Any, index: jax.Array, frozen: Bucket | None, batch: Batch
 ) -> tuple[None, Any, jax.Array]:
     """One block, unperturbed."""
-    return _advance(spec, bucket, hidden, index, frozen, batch)
+    block = _on_batch(spec.model.block, _frozen(spec, frozen), batch)
+    return None, block(buckets.unpacked(spec.layout, bucket), hidden), index + 1
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def advance_stage(
-    spec: Spec, bucket: Bucket, hidden: Any, index: jax.Array, frozen: Bucket | None, batch: Batch
-) -> tuple[None, Any, jax.Array]:
-    """One stage of a block, unperturbed."""
-    return _advance(spec, bucket, hidden, index, frozen, batch)
+advance_stage = jax.jit(inspect.unwrap(advance), static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -237,13 +223,6 @@ def _visit(
     params = buckets.unpacked(spec.layout, bucket)
     streams = _probed(spec, spec.model.block, params, streams, _frozen(spec, frozen), context, block, part=spec.part)
     return bucket, streams, index + 1
-
-
-def _advance(
-    spec: Spec, bucket: Bucket, hidden: Any, index: jax.Array, frozen: Bucket | None, batch: Batch
-) -> tuple[None, Any, jax.Array]:
-    block = _on_batch(spec.model.block, _frozen(spec, frozen), batch)
-    return None, block(buckets.unpacked(spec.layout, bucket), hidden), index + 1
 
 
 def _probed(

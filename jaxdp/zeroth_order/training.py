@@ -68,20 +68,14 @@ class State:
         They are those of this state, and gone when it is stepped.
         """
         layout, parts, blocks = self.layout, self.parts, self.blocks  # and not what is frozen
-        num_buckets = max(1, len(parts))  # of a block
 
         @functools.lru_cache(maxsize=1)
         def leaves_of(index: int) -> list[np.ndarray]:
-            # Through another array of the same memory: the first would keep its copy on the host.
-            found = [
-                jax.tree.map(lambda flat: np.asarray(flat.addressable_data(0)), bucket)
-                for bucket in blocks[index * num_buckets : (index + 1) * num_buckets]
-            ]
-            return jax.tree.leaves(buckets.all_unpacked(layout, parts, found))
+            return jax.tree.leaves(buckets.block_at(layout, blocks, parts, index))
 
         stacks = [
             LazyStack(
-                (len(blocks) // num_buckets, *shape),
+                (buckets.num_blocks_in(blocks, parts), *shape),
                 jnp.dtype(dtype),
                 lambda i, number=number: leaves_of(i)[number],
             )

@@ -25,6 +25,7 @@ from jaxdp.zeroth_order import (
 )
 from jaxdp.zeroth_order.memory import step_memory
 from tests.zeroth_order.models import bits, language_model, token_batch, toy, toy_batch, toy_params
+from tests.zeroth_order.test_training import replay, run
 
 STREAMED = Placement(is_streamed=True)
 
@@ -65,23 +66,6 @@ def case(name):
         return deep(), deep_params(), toy_batch()
     _, model, params = language_model(name)
     return model, params, token_batch()
-
-
-def run(model, params, batch, key, *, num_steps=3, **options):
-    steps = make_step(model, Sgd(1e-2), **options)
-    state, infos = steps.init(params, direction_key=key), []
-    for _ in range(num_steps):
-        state, info = steps.step(state, batch)
-        infos.append(info)
-    return steps.flush(state).params(), infos
-
-
-def replay(model, params, key, infos, **options):
-    steps = make_step(model, Sgd(123.0), **options)
-    state = steps.init(params, direction_key=key)
-    for info in infos:
-        state = steps.replay(state, info.scalars)
-    return steps.flush(state).params()
 
 
 @pytest.mark.parametrize(("name", "num_stages"), [("deep", 2), ("opt", 6), ("llama", 5)])
