@@ -121,6 +121,9 @@ def floating_params(params: Any, *, name: str = "params") -> None:
 
 def batch_axis(batch: Any, *, name: str = "batch") -> int:
     """Returns the common leading axis size `B` of every leaf of `batch`."""
+    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(batch)]
+    if shapes and all(shapes) and shapes[0][0] > 0 and all(shape[0] == shapes[0][0] for shape in shapes):
+        return shapes[0][0]  # without the paths of the leaves: naming them at every step takes longer than the check
     leaves = named_leaves(batch)
     if not leaves:
         raise ValueError(f"{name} has no array leaves, so it has no batch axis.")
@@ -138,20 +141,17 @@ def batch_axis(batch: Any, *, name: str = "batch") -> int:
         raise ValueError(
             f"{name} leaves disagree on the leading batch axis ({listing}); stack the same examples in each."
         )
-    size = next(iter(sizes.values()))
-    if size == 0:
-        raise ValueError(
-            f"{name} has a leading axis of size 0; pad it to a fixed size and mark the rows with is_padding_example, as "
-            "jaxdp.poisson_batches does for an empty draw."
-        )
-    return size
+    raise ValueError(
+        f"{name} has a leading axis of size 0; pad it to a fixed size and mark the rows with is_padding_example, as "
+        "jaxdp.poisson_batches does for an empty draw."
+    )
 
 
 def padding_mask(mask: Any, batch_axis_size: int) -> jax.Array:
     """Returns `is_padding_example` as a bool array `[B]`; None means that every row is an example."""
     if mask is None:
         return jnp.zeros(batch_axis_size, bool)
-    array = jnp.asarray(mask)
+    array = mask if isinstance(mask, jax.Array) else jnp.asarray(mask)
     if array.dtype != jnp.bool_:
         raise TypeError(f"is_padding_example must be boolean, True where the row is padding; got dtype {array.dtype}.")
     if array.shape != (batch_axis_size,):

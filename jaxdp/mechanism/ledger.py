@@ -14,6 +14,7 @@ from jaxdp.accounting import AccountantName, SampledRelease
 from jaxdp.mechanism.privacy_plan import PrivacyPlan, check_delta
 
 _NUMBERS = tuple(field.name for field in dataclasses.fields(SampledRelease) if field.name != "noise")
+_MECHANISM = tuple(name for name in _NUMBERS if name != "num_steps")  # names of the plan, too
 # The numbers of an entry are leaves of a state; which law the noise had is part of its structure, as no array can hold it.
 jax.tree_util.register_dataclass(SampledRelease, data_fields=[*_NUMBERS], meta_fields=["noise"])
 
@@ -101,7 +102,6 @@ def _as_numpy(release: SampledRelease) -> SampledRelease:
 
 def _same_mechanism(entry: SampledRelease, plan: PrivacyPlan) -> bool:
     # Compared in float32, in case the state passed through it on its way.
-    theirs, ours = _numbers(entry), _numbers(plan.release(0))
     return entry.noise == plan.noise and all(
-        np.float32(theirs[name]) == np.float32(ours[name]) for name in _NUMBERS if name != "num_steps"
+        np.float32(getattr(entry, name)) == np.float32(getattr(plan, name)) for name in _MECHANISM
     )
