@@ -17,6 +17,8 @@ LIBRARIES = (
     "jax.experimental.pallas",
     "optax",
     "flax.nnx",
+    "chex",
+    "hypothesis.extra.numpy",
     "orbax.checkpoint",
     "dp_accounting",
     "scipy.stats",
@@ -33,6 +35,7 @@ def run(folder: str, args: list[str], output: str) -> None:
     os.chdir(folder)
     sys.path.insert(0, folder)
     os.environ["PYTHONPATH"] = folder
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # they take longer to load than most runs
     code = pytest.main(args)
     sys.stdout.flush()
     os._exit(code)

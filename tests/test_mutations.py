@@ -264,7 +264,9 @@ def test_the_suite_goes_red_when_the_code_is_broken(name, tmp_path, run_pytest):
     target.write_text(text.replace(mutation.old, mutation.new))
 
     tests, expression = mutation.tests.split(" ", 1)
-    code, output = run_pytest(tmp_path, "-q", "-x", "-n", "0", "-p", "no:cacheprovider", tests, "-k", expression)
+    # Alone and without doctests: not with the options of pyproject.toml.
+    options = ("-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider", "-q", "-x")
+    code, output = run_pytest(tmp_path, *options, tests, "-k", expression)
     assert code == 1, f"the mutant survived:\n{output[-3000:]}"
     # Red for the right reason: a law that does not hold, not a mutant that does not run.
     assert re.search(

@@ -62,8 +62,8 @@ def test_the_commands_run(command, run):
 def test_the_commands_of_a_language_model_run_one_after_the_other(jaxdp_data, tmp_path, run):
     (tmp_path / "models").symlink_to(jaxdp_data / "models")
     tales = (jaxdp_data / "text" / "GrimmsFairyTales.txt").read_text(encoding="utf-8").split("\n\n")
-    (tmp_path / "private.txt").write_text("\n\n".join(tales[:-100]), encoding="utf-8")
-    (tmp_path / "public.txt").write_text("\n\n".join(tales[-100:]), encoding="utf-8")
+    (tmp_path / "private.txt").write_text("\n\n".join(tales[:100]), encoding="utf-8")  # few: batches are no larger
+    (tmp_path / "public.txt").write_text("\n\n".join(tales[-20:]), encoding="utf-8")
     finetune, generate, stream, export, replay = filter(is_of_a_language_model, jaxdp_commands())
     assert "epsilon 8 at delta" in run(finetune)
     assert "Once upon a time" in run(generate)

@@ -1,5 +1,7 @@
 """`dp_aggregate` is the mechanism, and has none of the five faults of optax's transformation."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ def make_plan(noise_multiplier=1.0, clipping=None, **kwargs):
     return jaxdp.plan(clipping=clipping or jaxdp.flat(1.0), noise_multiplier=noise_multiplier, **(settings | kwargs))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def per_example(loss_fn, params, batch):
     return jax.vmap(jax.grad(loss_fn), (None, 0))(params, batch)
 
@@ -34,11 +37,11 @@ def test_it_takes_the_same_steps_as_make_dp_step(clipping, params, loss_fn, batc
     init, step = jaxdp.make_dp_step(loss_fn, optax.adam(0.1), plan)
     state = init(params, noise_key=key)
     tx = optax.chain(jaxdp.dp_aggregate(plan, key), optax.adam(0.1))
-    opt_state, ours = tx.init(params), params
+    opt_state, ours, update = tx.init(params), params, jax.jit(tx.update)
     for _ in range(3):
         state, _ = step(state, batch, mask)
         grads = per_example(loss_fn, ours, batch)
-        updates, opt_state = tx.update(grads, opt_state, ours, is_padding_example=mask, unknown_argument=1)
+        updates, opt_state = update(grads, opt_state, ours, is_padding_example=mask, unknown_argument=1)
         ours = optax.apply_updates(ours, updates)
     chex.assert_trees_all_close(ours, state.params, rtol=1e-4, atol=1e-5)
     assert int(opt_state[0].step) == 3
@@ -50,7 +53,7 @@ def test_fault_1_padding_does_not_change_the_update(params, loss_fn, batch, key)
     grads = per_example(loss_fn, params, half)
     update, _ = tx.update(grads, tx.init(params), params, is_padding_example=np.arange(8) >= 4)
     clipped, _ = jaxdp.clipped_grad(loss_fn, clipping=jaxdp.flat(1.0))(params, jax.tree.map(lambda x: x[:4], batch))
-    chex.assert_trees_all_close(update, jax.tree.map(lambda x: x / 8.0, clipped), rtol=1e-6)  # q N = 8
+    chex.assert_trees_all_close(update, jax.tree.map(lambda x: x / 8.0, clipped), rtol=1e-6, atol=1e-7)  # q N = 8
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -14,14 +14,16 @@ import pytest
 from benchmarks import checks, dp_sgd, harness, peers, tuning
 from benchmarks.models import Mlp
 from benchmarks.peers import METHODS, NON_PRIVATE, OTHERS, PEERS, Problem, Settings, Trainer, jaxdp_contender
+from tests import unoptimized
 
+pytestmark = pytest.mark.unoptimized
 ROOT = pathlib.Path(__file__).parents[2]
 ROUNDS = 3
 
-# The process memory takes a new interpreter for each contender: once is enough.
+MLP = ["--mlp.widths", "12", "5"]
 SIZES = {
-    "mlp": ["--mlp.widths", "12", "5", "--peers", ",".join(PEERS)],
-    "methods": ["--mlp.widths", "12", "5", "--peers", "", "--methods", ",".join(METHODS), "--no-process-memory"],
+    "mlp": [*MLP, "--peers", ",".join(PEERS), "--methods", ",".join(METHODS), "--no-process-memory"],
+    "process memory": [*MLP, "--peers", "", "--no-tune"],  # a new interpreter for each contender
     "transformer": [
         *("--model", "transformer", "--peers", ",".join(PEERS), "--no-tune"),
         *("--transformer.num-blocks", "1", "--transformer.width", "8", "--transformer.num-heads", "2"),
@@ -40,13 +42,13 @@ WITHOUT_TORCH = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module", params=["mlp", "methods", pytest.param("transformer", marks=WITHOUT_TORCH)])
+@pytest.fixture(scope="module", params=["mlp", "process memory", pytest.param("transformer", marks=WITHOUT_TORCH)])
 def record(request, tmp_path_factory) -> dict:
     """The record of a tiny run; in a process of its own, since peers do not survive strict promotion."""
     path = tmp_path_factory.mktemp("benchmark") / "record.json"
     command = [sys.executable, "-m", "benchmarks.dp_sgd", *SIZES[request.param]]
     command += ["--batch", "4", "--rounds", str(ROUNDS), "--turn-seconds", "0.001"]
-    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # most of the time goes into compiling
+    environment = os.environ | {"XLA_FLAGS": unoptimized.xla_flags()}  # most of the time goes into compiling
     done = subprocess.run([*command, "--json", str(path)], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "jaxdp" in done.stdout

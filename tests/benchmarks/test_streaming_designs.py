@@ -4,6 +4,8 @@ import pytest
 
 from benchmarks import scheduled_hlo, streaming_designs, streaming_programs
 
+pytestmark = pytest.mark.unoptimized
+
 
 def test_one_program_for_all_blocks_leaves_the_bits_of_one_program_for_each():
     """Of a toy model, unoptimized. In larger ones XLA fuses across blocks what one program for each keeps apart."""

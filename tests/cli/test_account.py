@@ -152,8 +152,15 @@ def test_a_warning_of_the_plan_goes_to_stderr(capsys: pytest.CaptureFixture[str]
     assert len(json.loads(captured.out)["warnings"]) == 1
 
 
-@pytest.mark.parametrize(("suffix", "magic"), [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".SVG", b"<?xml")])
-@pytest.mark.parametrize("question", ["--noise-multiplier 1 4", "--target-epsilon 2"])
+@pytest.mark.parametrize(
+    ("question", "suffix", "magic"),
+    [
+        ("--noise-multiplier 1 4", ".png", b"\x89PNG"),
+        ("--noise-multiplier 1", ".pdf", b"%PDF"),
+        ("--noise-multiplier 1", ".SVG", b"<?xml"),
+        ("--target-epsilon 2", ".png", b"\x89PNG"),
+    ],
+)
 def test_plot_writes_the_format_of_its_extension(tmp_path: Path, suffix: str, magic: bytes, question: str):
     path = tmp_path / f"curve{suffix}"
     run(parse(f"{WHOLE} {question} --plot {path}"))

@@ -45,7 +45,7 @@ def report_of(folder) -> dict:
 @pytest.mark.slow
 def test_a_run_writes_a_model_a_card_and_a_report(gpt2, texts, tmp_path, jaxdp_command, jaxdp_here):
     out = tmp_path / "out"
-    args = ["--data", texts / "private.txt", "--record", "line", "--eval", texts / "public.txt"]
+    args = ["--data", texts / "private.txt", "--record", "line", "--eval", texts / "public.txt", "--accountant", "rdp"]
     result = jaxdp_command(
         "finetune", "--model", gpt2, *args, *SMALL, "--learning-rate", "0.01", "--out", out, cwd=tmp_path
     )
@@ -139,7 +139,8 @@ def test_a_killed_run_resumes_to_the_same_model_bit_for_bit(gpt2, texts, tmp_pat
     """SIGKILL at any moment. The uninterrupted twin starts from a copy of the first checkpoint, so it has the same keys."""
     run_dir, twin = tmp_path / "killed", tmp_path / "twin"
     args = ["finetune", "--model", gpt2, "--data", texts / "private.txt", "--record", "line", *FAST]
-    args += ["--num-steps", "80", "--checkpoint-every", "20", "--tune", "lora", "--clipping", "quantile"]
+    args += ["--num-steps", "80", "--checkpoint-every", "20", "--clipping", "quantile"]
+    args += ["--tune", "lora", "--lora-targets", "o"]
     args += ["--schedule", "cosine", "--warmup-steps", "20", "--out"]
 
     def checkpoints(folder):
@@ -220,6 +221,7 @@ def test_a_silent_leaf_is_loud(gpt2, texts, tmp_path, jaxdp_here):
 PRIVATE = ["--data", "private.txt", "--record", "line"]
 CLASSES = ["--data", "reviews.jsonl", "--label-field", "label"]
 FIRST = [*PRIVATE, "--num-steps", "2", "--optimizer", "sgd"]
+FITTING = ["--expected-batch-size", "16", "--noise-multiplier", "1"]
 COMMAND_LINES = {
     "no_model": (["--model", "nowhere", *PRIVATE], "does not exist"),
     "no_data": (["--data", "nowhere.txt"], "nowhere.txt"),
@@ -298,7 +300,7 @@ def test_bad_command_lines_exit_2_and_touch_nothing(name, workplace, capsys):
 def test_a_step_that_does_not_fit_is_refused_with_a_remedy(workplace, monkeypatch, capsys, standard_promotion):
     monkeypatch.setattr(meters, "available_memory", lambda: (100_000, "a test"))
     before = workplace()
-    error = refused([*FIRST, "--expected-batch-size", "16"], capsys)
+    error = refused([*FIRST, *FITTING], capsys)
     assert "the device has 0 MiB left (a test)" in error
     assert "--microbatch-size 8, --remat, --tune lora, --dtype bfloat16, a smaller --max-length" in error
     assert workplace() == before
@@ -309,7 +311,7 @@ def test_a_step_that_does_not_fit_is_refused_with_a_remedy(workplace, monkeypatc
 def test_a_run_is_resumed_with_its_own_settings_and_data_only(
     workplace, texts, gpt2, capsys, monkeypatch, standard_promotion
 ):
-    args = [*FIRST, "--model", "tiny-gpt2", "--expected-batch-size", "16", "--noise-multiplier", "1", "--out", "run"]
+    args = [*FIRST, *FITTING, "--model", "tiny-gpt2", "--out", "run"]
 
     def interrupted(*args):
         raise KeyboardInterrupt

@@ -38,8 +38,9 @@ PRIVATE = [
 STEPS = 6
 
 
-def arguments(llama, texts, out, *more, num_steps=STEPS) -> list[str]:
-    data = ["--data", texts / "private.txt", "--record", "line", "--eval", texts / "public.txt"]
+def arguments(llama, texts, out, *more, num_steps=STEPS, evaluates=True) -> list[str]:
+    data = ["--data", texts / "private.txt", "--record", "line"]
+    data += ["--eval", texts / "public.txt"] if evaluates else []
     return [
         str(part)
         for part in ["finetune", "--model", llama, *data, *SMALL, "--num-steps", num_steps, *more, "--out", out]
@@ -152,14 +153,14 @@ def test_blocks_in_stages_are_chosen_with_the_secrets_and_replayed(llama, texts,
         return choose(*arguments, **options | {"splits": options["splits"][-1:]})
 
     monkeypatch.setattr(memory_choice, "choose", split)
-    main(arguments(llama, texts, out, *PRIVATE, "--stream"))
+    main(arguments(llama, texts, out, *PRIVATE, "--stream", evaluates=False))
     report = report_of(out)
     assert report["stages"] > 2
     assert f"streamed in {report['stages']} stages each, 1 prefetched" in capsys.readouterr().out
     assert report["link"]["bytes_per_step"] == 2 * 2 * (16 * 16 * 4 + 16 * 24 * 3 + 2 * 16) * 4
     expected = files_of(out)
     (out / "report.json").unlink()
-    main([*arguments(llama, texts, out, *PRIVATE), "--resume"])
+    main([*arguments(llama, texts, out, *PRIVATE, evaluates=False), "--resume"])
     assert files_of(out) == expected
     assert calls == [(False, True), (True,)]
     replayed_to(out, llama, tmp_path)
@@ -240,7 +241,7 @@ def test_a_run_is_resumed_with_its_own_settings_data_and_secrets_only(private_ru
 )
 def test_every_method_trains(method, more, llama, texts, tmp_path):
     out = tmp_path / "out"
-    main(arguments(llama, texts, out, "--method", method, *more))
+    main(arguments(llama, texts, out, "--method", method, *more, evaluates=False))
     report = report_of(out)
     assert report["method"] == method
     assert report["private"] == ("--no-privacy" not in more)
@@ -253,7 +254,7 @@ def test_a_laplace_run_has_a_pure_epsilon_everywhere_it_is_said(llama, texts, tm
     """DP-ZO (arXiv 2401.04343): plan check, report, card, trajectory and replay tell one truth."""
     out = tmp_path / "out"
     goal = ["--noise", "laplace", "--target-delta", "0", "--target-epsilon", "30", "--l2-clip-norm", "5"]
-    main(arguments(llama, texts, out, "--method", "dpzero", *goal))
+    main(arguments(llama, texts, out, "--method", "dpzero", *goal, evaluates=False))
     said = capsys.readouterr().out
     report, trajectory = report_of(out), read_trajectory(out / "trajectory.jaxdpzo")
     assert 29 < report["epsilon"] <= 30
@@ -310,7 +311,8 @@ def test_classes_with_adapters_on_a_frozen_base(llama, texts, tmp_path):
 def test_a_killed_run_resumes_to_the_same_bits(llama, texts, tmp_path, user_environment):
     """SIGKILL at a random moment. The uninterrupted twin begins with the killed run's secrets."""
     out, twin, num_steps = tmp_path / "killed", tmp_path / "twin", 150
-    command = arguments(llama, texts, out, *PRIVATE, num_steps=num_steps)
+    options = {"num_steps": num_steps, "evaluates": False}
+    command = arguments(llama, texts, out, *PRIVATE, **options)
     process = subprocess.Popen(
         [sys.executable, "-m", "jaxdp", *command],
         cwd=tmp_path,
@@ -333,7 +335,7 @@ def test_a_killed_run_resumes_to_the_same_bits(llama, texts, tmp_path, user_envi
     for name in ("config.json", "secret/run.json"):
         shutil.copy(out / name, twin / name)
     for folder in (out, twin):
-        main([*arguments(llama, texts, folder, *PRIVATE, num_steps=num_steps), "--resume"])
+        main([*arguments(llama, texts, folder, *PRIVATE, **options), "--resume"])
     assert files_of(out) == files_of(twin)
     assert report_of(out)["epsilon"] == report_of(twin)["epsilon"]
 

@@ -1,5 +1,7 @@
 """Laws of `clipped_grad`."""
 
+import functools
+
 import chex
 import hypothesis
 import hypothesis.extra.numpy as hnp
@@ -24,8 +26,8 @@ POLICIES = {
 }
 
 
-@pytest.fixture(params=POLICIES.values(), ids=POLICIES)
-def policy(request):
+@pytest.fixture(params=POLICIES)
+def policy_name(request):
     return request.param
 
 
@@ -33,6 +35,22 @@ def policy(request):
 def method(request):
     """The definition, the one method that differentiates twice, and what a user gets: book-keeping or per-layer."""
     return request.param
+
+
+@functools.cache
+def compiled(loss_fn, policy_name, method, microbatch_size=None):
+    """The program of eight examples and a mask, which many laws are about."""
+    return jax.jit(
+        jaxdp.clipped_grad(loss_fn, clipping=POLICIES[policy_name], microbatch_size=microbatch_size, method=method)
+    )
+
+
+EVERYONE = np.zeros(8, bool)
+
+
+@functools.cache
+def gradient(loss_fn):
+    return jax.jit(jax.grad(loss_fn))
 
 
 def definition(loss_fn, policy, params, batch, is_padding):
@@ -45,7 +63,7 @@ def definition(loss_fn, policy, params, batch, is_padding):
             continue
         grads = [
             np.asarray(g, np.float64)
-            for g in jax.tree.leaves(jax.grad(loss_fn)(params, jax.tree.map(lambda x, i=i: x[i], batch)))
+            for g in jax.tree.leaves(gradient(loss_fn)(params, jax.tree.map(lambda x, i=i: x[i], batch)))
         ]
         for k, clip_norm in enumerate(clip_norms):
             members = [j for j, group in enumerate(groups.leaf_groups) if group == k]
@@ -61,10 +79,10 @@ def definition(loss_fn, policy, params, batch, is_padding):
     [*((name, None) for name in POLICIES), ("flat", 3), ("per_layer_leaf", 3), ("flat", 1), ("per_layer_leaf", 100)],
 )
 def test_clipped_grad_equals_its_definition(name, microbatch_size, params, loss_fn, batch, method):
-    policy, is_padding = POLICIES[name], np.arange(8) >= 6
-    grad_fn = jaxdp.clipped_grad(loss_fn, clipping=policy, microbatch_size=microbatch_size, method=method)
-    total, not_private = jax.jit(grad_fn)(params, batch, is_padding_example=is_padding)
-    expected = definition(loss_fn, policy, params, batch, is_padding)
+    is_padding = np.arange(8) >= 6
+    grad_fn = compiled(loss_fn, name, method, microbatch_size)
+    total, not_private = grad_fn(params, batch, is_padding_example=is_padding)
+    expected = definition(loss_fn, POLICIES[name], params, batch, is_padding)
     chex.assert_trees_all_close(total, jax.tree.map(np.float32, expected), rtol=2e-5, atol=1e-5)
     losses = jax.vmap(loss_fn, (None, 0))(params, batch)
     chex.assert_trees_all_close(not_private.loss[:6], losses[:6], rtol=1e-5)
@@ -174,13 +192,12 @@ def test_norms_of_many_entries_do_not_stagnate():
 def test_non_finite_examples_contribute_zero_and_leave_the_others_alone(
     name, microbatch_size, params, loss_fn, batch, method
 ):
-    policy = POLICIES[name]
-    grad_fn = jax.jit(jaxdp.clipped_grad(loss_fn, clipping=policy, microbatch_size=microbatch_size, method=method))
+    grad_fn = compiled(loss_fn, name, method, microbatch_size)
     without, _ = grad_fn(params, batch, is_padding_example=np.arange(8) == 2)
     for bad in (np.nan, np.inf, -np.inf, 1e30):  # whose square overflows
         spoiled = (batch[0].copy(), batch[1].copy())
         spoiled[1][2] = bad
-        got, not_private = grad_fn(params, spoiled, is_padding_example=np.zeros(8, bool))
+        got, not_private = grad_fn(params, spoiled, is_padding_example=EVERYONE)
         chex.assert_trees_all_equal(got, without)
         assert not bool(not_private.contributed[2])
         assert int(not_private.contributed.sum()) == 7
@@ -217,9 +234,9 @@ def test_gradients_too_small_to_square_stay_bounded(method):
         assert np.linalg.norm(np.float64(total)) <= policy.total_l2_clip_norm
 
 
-def test_padding_rows_change_nothing_whatever_they_hold(policy, params, loss_fn, batch, method):
-    grad_fn = jax.jit(jaxdp.clipped_grad(loss_fn, clipping=policy, method=method))
-    alone, _ = grad_fn(params, batch)
+def test_padding_rows_change_nothing_whatever_they_hold(policy_name, params, loss_fn, batch, method):
+    alone, _ = compiled(loss_fn, policy_name, method)(params, batch, is_padding_example=EVERYONE)
+    grad_fn = jax.jit(jaxdp.clipped_grad(loss_fn, clipping=POLICIES[policy_name], method=method))
     for content in (np.nan, 3.0):
         padded = jax.tree.map(lambda x, content=content: np.concatenate([x, np.full_like(x, content)]), batch)
         total, not_private = grad_fn(params, padded, is_padding_example=np.arange(16) >= 8)
@@ -228,20 +245,20 @@ def test_padding_rows_change_nothing_whatever_they_hold(policy, params, loss_fn,
         chex.assert_trees_all_equal(not_private.loss[8:], jnp.zeros(8))
 
 
-def test_all_padding_and_one_example_batches_are_finite(policy, params, loss_fn, batch, method):
-    grad_fn = jax.jit(jaxdp.clipped_grad(loss_fn, clipping=policy, method=method))
+def test_all_padding_and_one_example_batches_are_finite(policy_name, params, loss_fn, batch, method):
+    grad_fn = compiled(loss_fn, policy_name, method)
     nothing, _ = grad_fn(params, batch, is_padding_example=np.ones(8, bool))
     chex.assert_trees_all_equal(nothing, jax.tree.map(jnp.zeros_like, params))
     one, _ = grad_fn(params, batch, is_padding_example=np.arange(8) > 0)
-    assert 0 < float(optax.tree.norm(one)) <= policy.total_l2_clip_norm * (1 + 1e-6)
+    assert 0 < float(optax.tree.norm(one)) <= POLICIES[policy_name].total_l2_clip_norm * (1 + 1e-6)
     assert grad_fn._cache_size() == 1
 
 
-def test_the_order_of_examples_changes_only_rounding(policy, params, loss_fn, batch, method):
-    grad_fn = jax.jit(jaxdp.clipped_grad(loss_fn, clipping=policy, method=method))
+def test_the_order_of_examples_changes_only_rounding(policy_name, params, loss_fn, batch, method):
+    grad_fn = compiled(loss_fn, policy_name, method)
     order = np.array([3, 1, 4, 7, 5, 2, 6, 0])
-    forward, _ = grad_fn(params, batch)
-    shuffled, _ = grad_fn(params, jax.tree.map(lambda x: x[order], batch))
+    forward, _ = grad_fn(params, batch, is_padding_example=EVERYONE)
+    shuffled, _ = grad_fn(params, jax.tree.map(lambda x: x[order], batch), is_padding_example=EVERYONE)
     chex.assert_trees_all_close(forward, shuffled, rtol=1e-5, atol=1e-5)
 
 

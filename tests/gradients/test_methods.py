@@ -12,13 +12,19 @@ pytestmark = pytest.mark.unoptimized
 METHODS = ["two_pass", "book_keeping", "per_layer"]
 
 
-def agree(loss, params, batch, method, *, tolerance=1e-5, **kwargs):
-    policy = jaxdp.per_layer(0.5, group_by="leaf") if method == "per_layer" else jaxdp.flat(0.5)
-    got, rows = jax.jit(jaxdp.clipped_grad(loss, clipping=policy, method=method))(params, batch, **kwargs)
-    want, definition = jax.jit(jaxdp.clipped_grad(loss, clipping=policy, method="vmap"))(params, batch, **kwargs)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, atol=tolerance * np.max(np.abs(b), initial=1e-30))
-    assert rows.contributed.tolist() == definition.contributed.tolist()
+def agree(loss, params, batch, *, tolerance=1e-5, **kwargs):
+    """Every method with the definition of its policy, in one program: compiling takes most of the time."""
+    flat, by_leaf = jaxdp.flat(0.5), jaxdp.per_layer(0.5, group_by="leaf")
+    pairs = [(flat, "vmap"), (by_leaf, "vmap"), *((by_leaf if m == "per_layer" else flat, m) for m in METHODS)]
+    grad_fns = [jaxdp.clipped_grad(loss, clipping=policy, method=method) for policy, method in pairs]
+    of_flat, of_leaves, *found = jax.jit(lambda *args: [grad_fn(*args, **kwargs) for grad_fn in grad_fns])(
+        params, batch
+    )
+    for method, (got, rows) in zip(METHODS, found, strict=True):
+        want, definition = of_leaves if method == "per_layer" else of_flat
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(a, b, atol=tolerance * np.max(np.abs(b), initial=1e-30), err_msg=method)
+        assert rows.contributed.tolist() == definition.contributed.tolist(), method
 
 
 def stack_loss(params, x):
@@ -38,29 +44,32 @@ def stack():
     return params, jnp.asarray(rng.normal(size=(6, 3, 8)), jnp.float32)
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("noise_allocation", ["global", "equal_budget", "least_energy"])
-def test_stacked_layers_are_clipped_one_by_one(stack, method, noise_allocation):
+def test_stacked_layers_are_clipped_one_by_one(stack, noise_allocation):
     params, batch = stack
     policy = jaxdp.per_layer(0.5, stacked="blocks", noise_allocation=noise_allocation)
     groups = policy.groups(params)
     assert groups.names == ("blocks[0]", "blocks[1]", "blocks[2]", "blocks[3]", "head")
     assert groups.sizes == (72, 72, 72, 72, 40)
-    total, rows = jax.jit(jaxdp.clipped_grad(stack_loss, clipping=policy, method=method))(params, batch)
+    grad_fns = [jaxdp.clipped_grad(stack_loss, clipping=policy, method=method) for method in METHODS]
+    found = jax.jit(lambda *args: [grad_fn(*args) for grad_fn in grad_fns])(params, batch)
 
     clip_norms = np.float64(policy.clip_norms(groups))
     expected = jax.tree.map(lambda leaf: np.zeros(leaf.shape), params)
+    gradient = jax.jit(jax.grad(stack_loss))
     for i, example in enumerate(batch):
-        grads = jax.tree.map(np.float64, jax.grad(stack_loss)(params, example))
+        grads = jax.tree.map(np.float64, gradient(params, example))
         for k in range(4):
             norm = np.sqrt(np.sum(grads["blocks"]["kernel"][k] ** 2) + np.sum(grads["blocks"]["bias"][k] ** 2))
-            np.testing.assert_allclose(rows.l2_norms[i, k], norm, rtol=2e-5)
+            for _, rows in found:
+                np.testing.assert_allclose(rows.l2_norms[i, k], norm, rtol=2e-5)
             for name in ("kernel", "bias"):
                 expected["blocks"][name][k] += grads["blocks"][name][k] * min(1, clip_norms[k] / norm)
         norm = np.linalg.norm(grads["head"])
         expected["head"] += grads["head"] * min(1, clip_norms[4] / norm)
-    for got, want in zip(jax.tree.leaves(total), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(got, want, atol=2e-5 * np.max(np.abs(want)))
+    for method, (total, _) in zip(METHODS, found, strict=True):
+        for got, want in zip(jax.tree.leaves(total), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(got, want, atol=2e-5 * np.max(np.abs(want)), err_msg=method)
 
 
 def test_a_group_in_one_scope_finishes_inside_the_backward_pass(stack):
@@ -121,18 +130,16 @@ def test_no_method_but_the_definition_holds_per_example_gradients():
 
 
 @pytest.mark.unoptimized(False)  # XLA's plain emitters look narrow ids up wrongly
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("vocabulary", [256, 257, 300])
-def test_ids_narrower_than_the_vocabulary(method, vocabulary):
+def test_ids_narrower_than_the_vocabulary(vocabulary):
     """The number of rows itself overflows uint8: such ids once lost their gradient."""
     ids = jnp.array([[1, 99], [3, 127], [0, 255]], jnp.uint8)
     params = jnp.linspace(0.0, 1.0, 2 * vocabulary).reshape(vocabulary, 2)
-    agree(lambda p, i: jnp.sum(jnp.take(p, i, axis=0) ** 2 * jnp.arange(2.0)[None]), params, ids, method)
-    agree(lambda p, i: jnp.sum(lax.dynamic_index_in_dim(p, i[0], 0) ** 2), params, ids, method)
+    agree(lambda p, i: jnp.sum(jnp.take(p, i, axis=0) ** 2 * jnp.arange(2.0)[None]), params, ids)
+    agree(lambda p, i: jnp.sum(lax.dynamic_index_in_dim(p, i[0], 0) ** 2), params, ids)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_recurrent_network_of_stacked_layers(method):
+def test_a_recurrent_network_of_stacked_layers():
     """A scan over layers inside a scan over time: stacked within repeated."""
 
     def loss(params, x):
@@ -144,11 +151,10 @@ def test_a_recurrent_network_of_stacked_layers(method):
 
     rng = np.random.default_rng(0)
     params, batch = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((2, 3, 3), (4, 5, 3)))
-    agree(loss, params, batch, method, tolerance=1e-4)
+    agree(loss, params, batch, tolerance=1e-4)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_layers_of_a_recurrent_network_are_clipped_one_by_one(method):
+def test_layers_of_a_recurrent_network_are_clipped_one_by_one():
     """As many steps as layers, and layers of very different norms: a factor of the wrong layer would fit in shape."""
 
     def loss(params, x):
@@ -162,9 +168,10 @@ def test_layers_of_a_recurrent_network_are_clipped_one_by_one(method):
     params = jnp.asarray(rng.normal(size=(3, 24, 24)) * np.array([0.02, 0.3, 0.05])[:, None, None], jnp.float32)
     batch = jnp.asarray(rng.normal(size=(4, 3, 24)), jnp.float32)
     policy = jaxdp.per_layer(0.05, stacked="<root>")
-    got, _ = jax.jit(jaxdp.clipped_grad(loss, clipping=policy, method=method))(params, batch)
-    want, _ = jax.jit(jaxdp.clipped_grad(loss, clipping=policy, method="vmap"))(params, batch)
-    np.testing.assert_allclose(got, want, atol=1e-4 * np.max(np.abs(want)))
+    grad_fns = [jaxdp.clipped_grad(loss, clipping=policy, method=method) for method in ("vmap", *METHODS)]
+    want, *found = jax.jit(lambda *args: [grad_fn(*args)[0] for grad_fn in grad_fns])(params, batch)
+    for method, got in zip(METHODS, found, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-4 * np.max(np.abs(want)), err_msg=method)
 
 
 def test_anything_narrow_in_the_function_makes_the_second_pass_clip_again():
@@ -180,8 +187,7 @@ def test_anything_narrow_in_the_function_makes_the_second_pass_clip_again():
     assert flops(mixed) == 2 * flops(lambda w, x: jnp.sum(jnp.tanh(x @ w)))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_branch_not_taken_leaves_no_nan(method):
+def test_the_branch_not_taken_leaves_no_nan():
     def loss(params, x):
         def divided(x):
             return jnp.sum((jnp.array([1.0, 2.0]) / jnp.maximum(x[0], 0.0)) @ params["v"])
@@ -190,18 +196,17 @@ def test_the_branch_not_taken_leaves_no_nan(method):
 
     params = {"v": jnp.ones((2, 2)), "w": jnp.ones((3, 2))}
     batch = jnp.array([[1.0, 2, 3], [-1, 2, 3], [0, 1, 1], [2, 1, 1]])
-    agree(loss, params, batch, method)
+    agree(loss, params, batch)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_padding_stays_silent_under_a_derivative_that_ignores_its_cotangent(method):
+def test_padding_stays_silent_under_a_derivative_that_ignores_its_cotangent():
     @jax.custom_vjp
     def total(z):
         return jnp.sum(z)
 
     total.defvjp(lambda z: (jnp.sum(z), z), lambda z, g: (jnp.sign(z),))
     agree(
-        lambda p, x: total(x @ p["w"]), {"w": jnp.ones((3, 2))}, jnp.ones((2, 3)), method,
+        lambda p, x: total(x @ p["w"]), {"w": jnp.ones((3, 2))}, jnp.ones((2, 3)),
         is_padding_example=jnp.array([True, True]),
     )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Goldens by `transformers`, and tiny models."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from typing import Any
@@ -37,13 +38,20 @@ class Golden:
     def logits(self, model: CausalLM | None = None, **options: Any) -> np.ndarray:
         """By the model as loaded, or by another one with the same parameters."""
         model = model or self.model
-        return np.asarray(jax.jit(jax.vmap(lambda row: model.logits(self.params, row, **options)))(self.inputs))
+        program = jax.jit(jax.vmap(lambda params, row: model.logits(params, row, **options), (None, 0)))
+        return np.asarray(program(self.params, self.inputs))
+
+    @functools.cached_property
+    def plain(self) -> np.ndarray:
+        """`logits()`, once: not for tests that change the code."""
+        return self.logits()
 
     def error(self, model: CausalLM | None = None, **options: Any) -> float:
         """The largest difference to the logits by `transformers`."""
         return float(np.max(np.abs(self.logits(model, **options) - self.expected)))
 
 
+@functools.cache
 def load_golden(name: str) -> Golden:
     loaded, arrays = load_model(GOLDENS / name), np.load(GOLDENS / name / "golden.npz")
     return Golden(GOLDENS / name, loaded.model, loaded.params, arrays["inputs"], arrays["logits"])

@@ -1,5 +1,7 @@
 """Estimators see the directional derivative; the lifted parts are the model."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from tests.zeroth_order.models import bits, toy, toy_batch, toy_params
 pytestmark = pytest.mark.unoptimized
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def direction(law, params: BlockParams, key, step, k) -> BlockParams:
     """The whole direction of (step, k), block by block."""
     root = jax.random.key_data(key)
@@ -23,11 +26,12 @@ def direction(law, params: BlockParams, key, step, k) -> BlockParams:
             law, root, step=jnp.uint32(step), k=jnp.uint32(k), block=jnp.uint32(block), shapes=shapes
         )
 
-    num_blocks = len(jax.tree.leaves(params.blocks)[0])
-    blocks = [at(1 + i, jax.tree.map(lambda leaf, i=i: leaf[i], params.blocks)) for i in range(num_blocks)]
-    return BlockParams(at(0, params.resident), jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks))
+    first = jax.tree.map(lambda leaf: leaf[0], params.blocks)
+    numbers = 1 + jnp.arange(len(jax.tree.leaves(params.blocks)[0]))
+    return BlockParams(at(0, params.resident), jax.lax.map(lambda number: at(number, first), numbers))
 
 
+@jax.jit
 def mean_loss(params, batch):
     return jnp.mean(jax.vmap(lambda example: loss_fn(toy(), params, example))(batch))
 
@@ -67,7 +71,7 @@ def test_forward_mode_is_the_directional_derivative(key):
     params, batch = toy_params(), toy_batch()
     found, loss = first_scalars(ForwardMode(3), Gaussian(), key=key)
     whole = jax.tree.map(jnp.asarray, params)
-    value, grad = jax.value_and_grad(mean_loss)(whole, batch)
+    value, grad = jax.jit(jax.value_and_grad(mean_loss))(whole, batch)
     np.testing.assert_allclose(loss, value, rtol=1e-5)
     for k in range(3):
         z = direction(Gaussian(), params, key, 0, k)

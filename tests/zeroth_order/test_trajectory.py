@@ -9,6 +9,7 @@ import pytest
 from jaxdp.zeroth_order import Journal, Placement, Sgd, TwoSided, header_of, make_step, read_trajectory, replayed
 from tests.zeroth_order.models import bits, toy, toy_batch, toy_params
 
+pytestmark = pytest.mark.unoptimized  # all alike; test_training compares bits as users compile
 K = 2
 
 
