@@ -24,7 +24,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks import gpu_numerics, gpu_throughput, harness, zeroth_order, zeroth_order_cost
+from benchmarks import gpu_numerics, gpu_throughput, harness, norm_routes, zeroth_order, zeroth_order_cost
 from benchmarks.gpu_throughput import Save
 from benchmarks.language_models import Gpt2, LanguageModel, Llama
 from benchmarks.models import Transformer
@@ -132,6 +132,9 @@ def items(tiny: bool = False) -> dict[str, Item]:
         num_directions=(1,) if tiny else (1, 16, 64),
         **in_turns,
     )
+    shapes = norm_routes.NormRoutes(
+        dtype="bfloat16", is_large=True, tiny=tiny, rounds=in_turns["rounds"], turn_seconds=0.001 if tiny else 0.02
+    )
     block_bytes = [2**12] if tiny else [100_716_544, 629_278_720, 1_233_311_744]  # of OPT-1.3B, 13B and 30B
     medium = models["gpt2_medium"]
     untied = Transformer(medium.num_blocks, medium.width, medium.num_heads, lengths[1024], medium.vocabulary)
@@ -158,6 +161,7 @@ def items(tiny: bool = False) -> dict[str, Item]:
         **of_zeroth_order("opt-6.7b", (1, 4, 16), 120.0),
         "noise_law": Item(lambda save: gpu_numerics.noise_law()),
         "noise_time": Item(lambda save: gpu_numerics.noise_time(10_000 if tiny else 100_000_000)),
+        "norm_routes": Item(lambda save: norm_routes.measure(shapes, save)),
         **of_methods("gpt2_small", 1024),
         **of_methods("gpt2_medium", 2048),
         **of_methods("llama", 128),

@@ -15,9 +15,11 @@ from scipy import stats
 
 import jaxdp
 from benchmarks import checks, harness
+from benchmarks.gpu_throughput import with_kernels
 from benchmarks.language_models import LanguageModel
 from benchmarks.peers import METHODS, OTHERS, Problem, Settings, jaxdp_contender
 from jaxdp.noise import standard_normal
+from pallas_kernels import support
 
 # Against float64. On a GPU a float32 product may run as TF32, with 10 bits; bfloat16 has 7.
 _SUM_TOLERANCE = {"float32": 2e-3, "bfloat16": 2e-2}
@@ -67,6 +69,8 @@ def clipped_sums_against_float64() -> dict[str, Any]:
 def updates_against_definition(models: Sequence[LanguageModel], rows: int) -> dict[str, Any]:
     """Every method's noiseless update of a language model, and jax_privacy's, against one gradient per example."""
     contenders = [jaxdp_contender(method) for method in METHODS]
+    if support.why_not_here("mosaic_gpu") is None:
+        contenders.append(with_kernels(jaxdp_contender("book_keeping")))
     contenders += [other for other in OTHERS if other.peer == "jax_privacy" and other.why_skipped() is None]
     record: dict[str, Any] = {}
     for model in models:

@@ -13,6 +13,7 @@ import jax
 from benchmarks import harness
 from benchmarks.models import Model, Transformer
 from benchmarks.peers import NON_PRIVATE, OTHERS, Contender, Problem, Settings, Trainer, jaxdp_contender
+from pallas_kernels import support
 
 Save = Callable[[dict[str, Any]], None]
 
@@ -20,15 +21,29 @@ _SETTINGS = Settings(l2_clip_norm=1.0, noise_multiplier=1.0, learning_rate=1e-4)
 
 # What comes first is what is left if the item is interrupted.
 METHOD_STAGES = (("auto", "per_layer"), ("book_keeping", "two_pass"))
+KERNEL_METHODS = ("book_keeping", "two_pass")
 
 # One gradient per example, in bfloat16 and once more in float32, must leave room for the rest.
 _BYTES_PER_PARAM, _MATERIALIZED_BYTES = 6, 40e9
 
 
 def methods(model: Model, rows: int, save: Save, **pace: Any) -> dict[str, Any]:
-    """jaxdp by its methods that keep no gradient per example."""
+    """jaxdp by its methods that keep no gradient per example; then with a kernel for every leaf that one can serve.
+
+    Where the steps with kernels are faster, `pallas_kernels.blocks.FASTER_FROM` may say so.
+    """
     stages = [[jaxdp_contender(method) for method in stage] for stage in METHOD_STAGES]
-    return measure(Problem(model, rows, seed=0), stages, save, **pace)
+    reason = support.why_not_here("mosaic_gpu")
+    if reason is None:
+        stages.append([with_kernels(jaxdp_contender(method)) for method in KERNEL_METHODS])
+    result = measure(Problem(model, rows, seed=0), stages, save, **pace)
+    return result if reason is None else result | {"without_kernels": reason}
+
+
+def with_kernels(contender: Contender, implementation: support.Implementation = "mosaic_gpu") -> Contender:
+    """A contender of jaxdp that takes norms and sums by kernels; the update is the same to rounding."""
+    options = (*contender.options, ("implementation", implementation))
+    return dataclasses.replace(contender, name=f"{contender.name}_kernels", options=options)
 
 
 def materializing(model: Model, rows: int, save: Save, **pace: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from jaxdp._typing import Batch, Key, LossFn, Params
 from jaxdp.gradients import ClippedGrad, Method, NotPrivate, clipped_grad
 from jaxdp.mechanism import Ledger, PrivacyPlan, check_batch, check_gradient_plan, privatize
 from jaxdp.noise import secret_key
+from pallas_kernels import Implementation
 
 
 @jax.tree_util.register_dataclass
@@ -73,6 +74,7 @@ def make_dp_step(
     has_aux: bool = False,
     microbatch_size: int | None = None,
     method: Method = "auto",
+    implementation: Implementation | None = None,
 ) -> tuple[InitFn, StepFn]:
     """Makes the two functions of a DP-SGD run.
 
@@ -90,6 +92,7 @@ def make_dp_step(
         has_aux: As in `jax.grad`.
         microbatch_size: Rows differentiated at once; bounds memory and changes nothing else.
         method: How the clipped sum is computed, as in `clipped_grad`; changes nothing else.
+        implementation: What takes its norms and sums, XLA or a kernel, as in `clipped_grad`; changes nothing else.
 
     Returns:
         `init(params, *, noise_key=None) -> TrainingState` copies `params` and, by default, draws the noise key from the
@@ -106,7 +109,12 @@ def make_dp_step(
 
     def grad_fn(fun: LossFn) -> ClippedGrad:
         return clipped_grad(
-            fun, clipping=plan.clipping, has_aux=has_aux, microbatch_size=microbatch_size, method=method
+            fun,
+            clipping=plan.clipping,
+            has_aux=has_aux,
+            microbatch_size=microbatch_size,
+            method=method,
+            implementation=implementation,
         )
 
     check_gradient_plan(plan)

@@ -4,13 +4,15 @@ A dense layer y = x @ w sees, for example b, inputs X_b `[T, D]` and output cota
 is M_b = X_b^T G_b `[D, P]`. Every function takes `implementation`:
 
     None                    the automatic choice: a kernel where one can run and was measured to be faster
-                            (`pallas_kernels.blocks`), else XLA. Nothing has been measured on a GPU yet, so today: XLA.
+                            (`pallas_kernels.blocks.FASTER_FROM`), else XLA. Nothing has been measured on a GPU yet, so: XLA.
     "xla"                   plain JAX, the definition (`pallas_kernels.reference`); every device, every dtype below.
     "mosaic_gpu"            Pallas Mosaic GPU on a Hopper GPU; jax >= 0.11.2; bfloat16 or float16.
     "mosaic_gpu_interpret"  the same kernel emulated on the CPU, for tests; jax >= 0.11.
 
 An implementation that is named runs or raises; there is no silent fallback. The functions are not differentiable and not
 partitioned by `jit`: call them inside `custom_vjp` rules, and inside `shard_map` on several devices.
+
+`jaxdp.clipped_grad` calls the three of them, and charges their `roundings` to the norms by which it clips.
 """
 
 from __future__ import annotations
@@ -22,20 +24,20 @@ import jax.numpy as jnp
 
 from pallas_kernels import reference, support
 from pallas_kernels.blocks import Blocks, blocks_of, measured_faster
-from pallas_kernels.support import Implementation
+from pallas_kernels.support import Implementation, Operand
 
 KERNELS = ("gram_norms", "wgrad_norms", "clip_noise_dense")
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def chosen_implementation(
-    kernel: str, x: jax.Array, g: jax.Array, implementation: Implementation | None = None
+    kernel: str, x: Operand, g: Operand, implementation: Implementation | None = None
 ) -> Implementation:
     """The implementation that `kernel` runs on these operands, for a caller or a test that must know.
 
     Args:
         kernel: "gram_norms", "wgrad_norms" or "clip_noise_dense".
-        x: `[B, T, D]`; only shape and dtype matter.
+        x: `[B, T, D]`, an array or a `jax.ShapeDtypeStruct`: only shape and dtype matter.
         g: `[B, T, P]`.
         implementation: As in the module's docstring.
 
@@ -43,8 +45,7 @@ def chosen_implementation(
         ValueError: an unknown name, or operands that do not fit.
         NotImplementedError: the named implementation cannot run here; the message says why and what to do.
     """
-    if kernel not in KERNELS:
-        raise ValueError(f"kernel={kernel!r} is not one of {KERNELS}.")
+    _check_kernel(kernel)
     _check_operands(x, g)
     if implementation is None:
         device_kind = support.target_device_kind()
@@ -58,6 +59,32 @@ def chosen_implementation(
     return implementation
 
 
+def roundings(kernel: str, x_shape: tuple[int, ...], g_shape: tuple[int, ...]) -> int:
+    """The most roundings that a kernel makes one after another: what a caller that clips by its result charges (S4).
+
+    With n of them, u = 2^-23, P_b = ||X_b||_F ||G_b||_F, and to first order in n u, whatever the operands:
+
+        gram_norms          |result_b - ||M_b||^2|           <=  n u P_b^2
+        wgrad_norms         |sqrt(result_b) - ||M_b|||       <=  n u P_b                 without `store`
+        clip_noise_dense    ||sum - factors_b M_b||_F        <=  n u |factors_b| P_b     one example, no accumulator or noise
+
+    A tensor core may truncate each sum, by up to u of it; other sums round to nearest, and are counted alike. Of several examples
+    in one sum, each further one rounds the total once more, which belongs to no example. It depends on the block sizes, so
+    on the device that is compiled for; and it says nothing of implementation "xla", whose order of summation is XLA's.
+
+    Args:
+        kernel: "gram_norms", "wgrad_norms" or "clip_noise_dense".
+        x_shape: B, T and D.
+        g_shape: B, T and P.
+    """
+    _check_kernel(kernel)
+    from pallas_kernels.mosaic import clip_noise, gram, wgrad
+
+    count = {"gram_norms": gram, "wgrad_norms": wgrad, "clip_noise_dense": clip_noise}[kernel].roundings
+    blocks = blocks_of(kernel, support.target_device_kind())
+    return count(x_shape[1], x_shape[2], g_shape[2], blocks=blocks)
+
+
 def gram_norms(x: jax.Array, g: jax.Array, *, implementation: Implementation | None = None) -> jax.Array:
     """Squared norms ||X_b^T G_b||_F^2 by the Gram trick, sum_{t,s} <x_t, x_s> <g_t, g_s>.
 
@@ -66,7 +93,7 @@ def gram_norms(x: jax.Array, g: jax.Array, *, implementation: Implementation | N
 
     Guarantee: at least 0. The Grams are float32, and their rounding is *relative to ||X_b||_F^2 ||G_b||_F^2*: where the
     gradient cancels, a norm may come out too small. A caller that clips by it adds gamma ||X_b||_F^2 ||G_b||_F^2 before
-    the root, or takes `wgrad_norms`, which has no such error (S4d).
+    the root, or takes `wgrad_norms`, which has no such error (S4d); gamma is 2^-23 times the kernel's `roundings`.
 
     Args:
         x: Inputs of the layer, `[B, T, D]`, float32, bfloat16 or float16.
@@ -181,7 +208,12 @@ def _launch(kernel: str, chosen: Implementation) -> dict[str, Any]:
     return {"blocks": blocks, "interpret": chosen == "mosaic_gpu_interpret"}
 
 
-def _check_operands(x: jax.Array, g: jax.Array) -> None:
+def _check_kernel(kernel: str) -> None:
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel={kernel!r} is not one of {KERNELS}.")
+
+
+def _check_operands(x: Operand, g: Operand) -> None:
     if x.ndim != 3 or g.ndim != 3 or x.shape[:2] != g.shape[:2]:
         raise ValueError(f"x must be [B, T, D] and g [B, T, P] of one B and T; they are {x.shape} and {g.shape}.")
     for name, operand in (("x", x), ("g", g)):

@@ -1,6 +1,8 @@
 """Block sizes of the kernels for each kind of device, and where a kernel was measured to beat XLA.
 
-Both tables change by measurement alone: `python -m benchmarks.kernels` on the device in question.
+Both tables change by measurement alone: `python -m benchmarks.kernels` on the device in question, and for the second the
+steps of `python -m benchmarks.gpu_check`. `FASTER_FROM` is what the automatic choice goes by, here and in
+`jaxdp.clipped_grad`: an entry turns a kernel on, and no other line has to change.
 """
 
 from __future__ import annotations
@@ -15,9 +17,12 @@ ROWS = 128  # of every output tile: two warpgroups compute 64 rows each, the row
 class Blocks:
     """The sizes of a kernel that may be tuned; none changes a result by more than the order of its sums.
 
+    That order decides how many roundings follow one another, which `pallas_kernels.roundings` counts.
+
     Attributes:
         columns: Columns of the output tile, 64, 128, 192 or 256; the Gram kernel's tiles are square, 128.
-        depth: Length of the reduction in one step of the pipeline, a multiple of 64.
+        depth: Length of the reduction in one step of the pipeline, a multiple of 64; in the Gram and the sum kernel, of one
+            accumulator.
         stages: Steps in flight in shared memory, at least 2.
     """
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Literal, get_args
+from typing import Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 
+#: What the choice depends on: arrays or their shapes.
+Operand: TypeAlias = jax.Array | jax.ShapeDtypeStruct
 Implementation = Literal["xla", "mosaic_gpu", "mosaic_gpu_interpret"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
 
@@ -16,8 +18,13 @@ _INTERPRET_NEEDS = (0, 11)
 _GPU_NEEDS = (0, 11, 2)
 
 
-def why_not(implementation: Implementation, x: jax.Array, g: jax.Array) -> str | None:
+def why_not(implementation: Implementation, x: Operand, g: Operand) -> str | None:
     """Why `implementation` cannot run here on these operands, with the remedy; None if it can."""
+    return why_not_on(implementation, x, g) or why_not_here(implementation)
+
+
+def why_not_on(implementation: Implementation, x: Operand, g: Operand) -> str | None:
+    """Why `implementation` cannot run on these operands anywhere."""
     if implementation == "xla":
         return None
     for name, operand in (("x", x), ("g", g)):
@@ -27,6 +34,13 @@ def why_not(implementation: Implementation, x: jax.Array, g: jax.Array) -> str |
             return f"x has dtype {x.dtype} and g {operand.dtype}; cast both to one dtype, or use implementation='xla'"
         if 0 in operand.shape:
             return f"{name} has the empty shape {operand.shape}; use implementation='xla'"
+    return None
+
+
+def why_not_here(implementation: Implementation) -> str | None:
+    """Why `implementation` cannot run with this JAX on this device, whatever the operands."""
+    if implementation == "xla":
+        return None
     needs = _INTERPRET_NEEDS if implementation == "mosaic_gpu_interpret" else _GPU_NEEDS
     if jax.__version_info__ < needs:
         least = ".".join(map(str, needs))

@@ -12,6 +12,7 @@ import optax
 import jaxdp
 from benchmarks.harness import xla_memory
 from benchmarks.peers.trainer import Problem, Settings, Trainer, to_host
+from pallas_kernels import Implementation
 
 
 def layer_of(leaf: str) -> str:
@@ -27,6 +28,7 @@ def make(
     policy: Literal["flat", "per_layer"] = "flat",
     microbatch_size: int | None = None,
     adds_noise: bool = True,
+    implementation: Implementation | None = None,
 ) -> Trainer:
     rows, clip_norm = problem.rows, settings.l2_clip_norm
     plan = jaxdp.plan(
@@ -38,7 +40,12 @@ def make(
         noise_multiplier=settings.noise_multiplier if adds_noise else 0.0,
     )
     init, dp_step = jaxdp.make_dp_step(
-        problem.model.loss, optax.sgd(settings.learning_rate), plan, microbatch_size=microbatch_size, method=method
+        problem.model.loss,
+        optax.sgd(settings.learning_rate),
+        plan,
+        microbatch_size=microbatch_size,
+        method=method,
+        implementation=implementation,
     )
     state: Any = None
 

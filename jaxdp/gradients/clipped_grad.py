@@ -15,9 +15,11 @@ from jaxdp._typing import Batch, LossFn, Params
 from jaxdp.clipping import ClippedSum, ClippingPolicy, check_policy
 from jaxdp.gradients import jaxprs
 from jaxdp.gradients.explanation import Explanation, explain
+from jaxdp.gradients.kernels import check_implementation, check_runs_here
 from jaxdp.gradients.methods import Method, Problem, check_method, choose_method, run_method
 from jaxdp.gradients.microbatches import scan_microbatches
 from jaxdp.gradients.plan import make_plan
+from pallas_kernels import Implementation
 
 
 @jax.tree_util.register_dataclass
@@ -54,6 +56,7 @@ class ClippedGrad:
     has_aux: bool
     microbatch_size: int | None
     method: Method
+    implementation: Implementation | None = None
 
     def __call__(
         self,
@@ -91,6 +94,7 @@ class ClippedGrad:
         self, params: Params, batch: Batch, *, is_padding_example: Any = None, clip_norms: Any = None
     ) -> tuple[ClippedSum, NotPrivate]:
         """As `__call__`, with the clipped sum as the mechanism takes it."""
+        check_runs_here(self.implementation)
         _validate.floating_params(params)
         size = _validate.batch_axis(batch)
         is_padding = _validate.padding_mask(is_padding_example, size)
@@ -105,7 +109,17 @@ class ClippedGrad:
         params = jax.tree.map(jnp.asarray, params)
 
         def on_rows(rows: Batch, rows_are_padding: jax.Array) -> tuple[ClippedSum, NotPrivate]:
-            problem = Problem(self.fun, self.has_aux, self.clipping, groups, params, rows, rows_are_padding, norms)
+            problem = Problem(
+                self.fun,
+                self.has_aux,
+                self.clipping,
+                groups,
+                params,
+                rows,
+                rows_are_padding,
+                norms,
+                self.implementation,
+            )
             done = run_method(self.method, problem)
 
             def blank(x: jax.Array) -> jax.Array:
@@ -127,13 +141,15 @@ class ClippedGrad:
             example: One example, without a batch axis; arrays or `jax.ShapeDtypeStruct`s.
             rows: Examples differentiated at once, to which the memory and FLOPs refer.
         """
+        check_runs_here(self.implementation)
         _validate.floating_params(params)
         rows = _validate.positive_integer("rows", rows)
         batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *np.shape(x)), jnp.result_type(x)), example)
         self._check_fun(params, batch)
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), example)
         groups = self.clipping.groups(params)
-        plan = make_plan(jaxprs.trace(self.fun, params, shapes), params, groups, rows=rows)
+        traced = jaxprs.trace(self.fun, params, shapes)
+        plan = make_plan(traced, params, groups, rows=rows, implementation=self.implementation)
         return explain(plan, choose_method(self.method, self.clipping, plan), groups, rows)
 
     def _check_fun(self, params: Params, batch: Batch) -> None:
@@ -162,6 +178,7 @@ def clipped_grad(
     has_aux: bool = False,
     microbatch_size: int | None = None,
     method: Method = "auto",
+    implementation: Implementation | None = None,
 ) -> ClippedGrad:
     """Transforms the loss of one example into the sum of clipped per-example gradients over a batch.
 
@@ -186,12 +203,21 @@ def clipped_grad(
             factors of all leaves kept. `"two_pass"`: a second backward pass, nothing kept. `"per_layer"`: one backward
             pass that finishes each clipping group on the spot; for `per_layer` clipping. `"auto"` chooses by policy and
             function. `"ghost"` is `"auto"` that refuses to copy a matrix. See `explain`.
+        implementation: What takes norms and sums of dense layers from factors; `explain` names it leaf by leaf. None is the
+            automatic choice: a kernel of `pallas_kernels` where it was measured to be faster than XLA on this kind of device,
+            which is nowhere so far, else XLA. `"xla"`: no kernel. `"mosaic_gpu"`, for a Hopper GPU and jax >= 0.11.2, and
+            `"mosaic_gpu_interpret"`, its slow emulation on a CPU: a kernel for every leaf that one can serve, XLA for
+            the others (float32 operands, products side by side, embeddings, weights with several uses, one token, stored
+            gradients, copies). The bound on the contribution of an example is the same; its norm is charged for the
+            rounding of what runs. `jax.jit` does not partition a kernel: on several devices call this inside `shard_map`, or
+            choose `"xla"`.
 
     Returns:
         A `ClippedGrad`: `grad_fn(params, batch, is_padding_example=...) -> (sum, NotPrivate)`.
 
     Raises:
         ValueError: `method` does not fit the policy, or is `"ghost"` and a leaf would be copied; when called.
+        NotImplementedError: the named `implementation` cannot run with this JAX or on this device; when called.
 
     Source: DP-SGD, arXiv 1607.00133; ghost norms, 2110.05679; book-keeping, 2210.00038; per-layer clipping in one backward
     pass, 2212.01539.
@@ -208,4 +234,7 @@ def clipped_grad(
     if microbatch_size is not None:
         microbatch_size = _validate.positive_integer("microbatch_size", microbatch_size)
     policy = check_policy(clipping)
-    return ClippedGrad(fun, policy, bool(has_aux), microbatch_size, check_method(method, policy))
+    method = check_method(method, policy)
+    return ClippedGrad(
+        fun, policy, bool(has_aux), microbatch_size, method, check_implementation(implementation, method)
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from jaxdp.clipping import Groups
+from jaxdp.gradients.kernels import XLA
 from jaxdp.gradients.plan import LeafPlan, Plan
 
 
@@ -24,6 +25,8 @@ class LeafExplanation:
             after the backward pass, and the scratch of its norm.
         flops: Floating-point operations of its norms.
         reason: Why the route is what it is.
+        norm_implementation: What takes its norm, `"xla"` or a kernel's, as in `clipped_grad`; `""` without gradient.
+        sum_implementation: What takes its clipped sum.
     """
 
     path: str
@@ -35,6 +38,8 @@ class LeafExplanation:
     memory_bytes: int
     flops: float
     reason: str
+    norm_implementation: str
+    sum_implementation: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +65,25 @@ class Explanation:
         return sum(leaf.flops for leaf in self.leaves)
 
     def __str__(self) -> str:
-        header = ("leaf", "shape", "route", "norm", "memory", "FLOPs", "why")
+        # Where XLA takes everything, there is nothing to tell apart.
+        has_kernels = any({leaf.norm_implementation, leaf.sum_implementation} - {"", "xla"} for leaf in self.leaves)
+        header = (
+            "leaf",
+            "shape",
+            "route",
+            "norm",
+            *_by_kernels("norm by", "sum by", has_kernels),
+            "memory",
+            "FLOPs",
+            "why",
+        )
         lines = [header] + [
             (
                 leaf.path,
                 str(leaf.shape),
                 leaf.route,
                 leaf.norm,
+                *_by_kernels(leaf.norm_implementation, leaf.sum_implementation, has_kernels),
                 _bytes(leaf.memory_bytes),
                 f"{leaf.flops:.2g}",
                 leaf.reason,
@@ -79,6 +96,10 @@ class Explanation:
         ]
         total = f"method {self.method}, {self.rows} rows at once: {_bytes(self.memory_bytes)} and {self.flops:.2g} FLOPs beyond"
         return "\n".join([*table, f"{total} the non-private step"])
+
+
+def _by_kernels(norm: str, total: str, has_kernels: bool) -> tuple[str, ...]:
+    return (norm, total) if has_kernels else ()
 
 
 def _bytes(size: float) -> str:
@@ -109,6 +130,7 @@ def _explain_leaf(plan: Plan, leaf: LeafPlan, method: str, groups: Groups, is_ea
     group = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
     finishes = "backward" if is_early or (method == "two_pass" and leaf.kind != "joint") else "after"
     kept = 0 if finishes == "backward" else leaf.cost.kept_bytes
+    chosen = [XLA if method == "vmap" else site.kernels for site in leaf.sites]
     passes = 2 if method == "two_pass" and leaf.kind != "joint" and plan.is_narrow else 1
     return LeafExplanation(
         leaf.path,
@@ -120,4 +142,6 @@ def _explain_leaf(plan: Plan, leaf: LeafPlan, method: str, groups: Groups, is_ea
         kept + leaf.cost.scratch_bytes,
         passes * leaf.cost.flops,
         leaf.reason,
+        ", ".join(sorted({kernels.norm for kernels in chosen})),
+        ", ".join(sorted({kernels.sum for kernels in chosen})),
     )

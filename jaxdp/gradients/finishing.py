@@ -95,7 +95,7 @@ def late_squared_norm(leaf: LeafPlan, late: Sequence[LeftBehind]) -> jax.Array:
 def squared_norm_of_sites(leaf: LeafPlan, sites: Sequence[Site], payloads: Sequence[Payload]) -> jax.Array:
     if is_whole_stack(leaf, sites[0]):
         return squared_norms(payloads[0]["gradient"], by_layer=True)
-    return squared_norm([site.factoring for site in sites], payloads, leaf.norm_route)
+    return squared_norm([site.factoring for site in sites], payloads, leaf.norm_route, sites[0].kernels)
 
 
 def is_whole_stack(leaf: LeafPlan, site: Site) -> bool:
@@ -134,7 +134,8 @@ def late_sum(leaf: LeafPlan, late: Sequence[LeftBehind], factors: jax.Array, kee
             rows = [over_loops(row, stacked).reshape(-1, row.shape[-1]) for row in rows]
 
         def one(payload: Payload, factors: jax.Array, keep: jax.Array) -> jax.Array:
-            return weighted_sum(site.factoring, payload, factors, keep, is_joint=leaf.kind == "joint")
+            is_joint = leaf.kind == "joint"
+            return weighted_sum(site.factoring, payload, factors, keep, is_joint=is_joint, kernels=site.kernels)
 
         sums = part.map(one, *rows)
         return site.to_leaf(sums.reshape(*site.stacked_lengths, *site.total_shape) if part.has_axis else sums)

@@ -51,6 +51,7 @@ from jaxdp.gradients.norms import NormRoute, add, payload_of_tie, squared_norm, 
 from jaxdp.gradients.plan import LeafPlan, Plan, Tie, make_plan
 from jaxdp.gradients.rewrite import Assignment, evaluate
 from jaxdp.gradients.sites import NOTHING, Key, Report, Site, Slot, Task, zeros_like
+from pallas_kernels import Implementation
 
 Method: TypeAlias = Literal["auto", "ghost", "vmap", "two_pass", "book_keeping", "per_layer"]
 
@@ -87,6 +88,7 @@ class Problem:
         batch: The examples, stacked.
         is_padding: Bool `[B]`.
         clip_norms: `[K]`.
+        implementation: What takes norms and sums, as in `clipped_grad`.
     """
 
     fun: LossFn
@@ -97,6 +99,7 @@ class Problem:
     batch: Batch
     is_padding: jax.Array
     clip_norms: jax.Array
+    implementation: Implementation | None = None
 
     @property
     def size(self) -> int:
@@ -109,7 +112,7 @@ class Problem:
 
     @functools.cached_property
     def plan(self) -> Plan:
-        return make_plan(self.traced, self.params, self.groups, rows=self.size)
+        return make_plan(self.traced, self.params, self.groups, rows=self.size, implementation=self.implementation)
 
     def after(self, factors: jax.Array) -> Problem:
         """The same problem, to be computed once more after `factors` are known.
@@ -343,7 +346,8 @@ def _report_sum(site: Site, leaf: LeafPlan) -> Task:
             now = squared_norm_of_sites(leaf, [site], [payload])
             keep = keep & jnp.isfinite(now)
             factors = factors * jnp.sqrt(jnp.where(now > rows["square"], rows["square"] / now, 1.0))
-        total = weighted_sum(site.factoring, payload, factors, keep, is_joint=leaf.kind == "joint")
+        is_joint = leaf.kind == "joint"
+        total = weighted_sum(site.factoring, payload, factors, keep, is_joint=is_joint, kernels=site.kernels)
         return Report(None, total.astype(_total_dtype(site)))
 
     return task
@@ -409,13 +413,17 @@ def _clip_group(problem: Problem, sites: Sequence[Site]) -> Task:
 
     def task(payloads: Mapping[Key, Payload], given: Report) -> Report:
         squares = [
-            squared_norm([site.factoring], [payloads[site.key]], routes[site.leaf]).astype(dtype) for site in sites
+            squared_norm([site.factoring], [payloads[site.key]], routes[site.leaf], site.kernels).astype(dtype)
+            for site in sites
         ]
         norm = jnp.sqrt(add(squares))
         keep = given.rows.astype(bool) & jnp.isfinite(norm)  # S9
         bound = given.totals.astype(dtype)
         factors = jnp.where(keep, problem.policy.factors(norm[:, None], bound[None, None])[:, 0], 0.0)
-        sums = {f"{site.leaf}": weighted_sum(site.factoring, payloads[site.key], factors, keep) for site in sites}
+        sums = {
+            f"{site.leaf}": weighted_sum(site.factoring, payloads[site.key], factors, keep, kernels=site.kernels)
+            for site in sites
+        }
         return Report(norm, sums)
 
     return task

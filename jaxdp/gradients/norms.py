@@ -5,10 +5,12 @@ orders, and both round. Let P = ||L||_F ||R||_F, the scale at which the tokens o
 roundoff of the accumulation. A sum of n terms is off by at most n u P, so a record made of canceling tokens could have a
 norm of zero and a sum that is all rounding. `squared_norm` therefore returns an upper bound of the norm of what
 `weighted_sum` adds, by the *worst case* of both. Measured errors are no substitute: equal terms round the same way, and an
-adversary may choose them. The bound exceeds the norm by about n u sqrt(T) for T tokens that do not cancel: 1e-4 at T = 128.
+adversary may choose them. For T tokens that do not cancel the bound exceeds the norm by about n u sqrt(T), 2e-4 at T = 128, and
+where Gram matrices are behind it by n u T / 2: 1e-3 at T = 32, 5e-3 at T = 128, less for layers narrower than a block.
 
 Chains are kept short to keep the bound close: Gram matrices are summed in blocks, and a stored gradient or an embedding is
-summed from the very rows whose norm was taken, at no charge.
+summed from the very rows whose norm was taken, at no charge. A kernel (`kernels.py`) sums in an order of its own, and is
+charged for that one; the one that sums scales in float32 and stores nothing in between.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxdp.clipping import accumulator, squared_norms, sum_rows
+from jaxdp.gradients import kernels as pallas
 from jaxdp.gradients.factors import Factoring, Payload
+from jaxdp.gradients.kernels import XLA, Kernels
 
 NormRoute: TypeAlias = Literal["gram", "direct"]
 
@@ -34,6 +38,7 @@ _TRUNCATED_ROUNDOFF = 2.0**-23
 _STORED_ROUNDOFF = {jnp.dtype(jnp.bfloat16): 2.0**-8}
 # Gram matrices of more than this are taken one example at a time.
 _GRAM_BYTES = 2**26
+_SHORTEST_BLOCK = 512
 
 
 def _roundoff(*arrays: jax.Array) -> float:
@@ -76,8 +81,11 @@ def _rows_by_token(ids: jax.Array, right: jax.Array) -> jax.Array:
 
 
 def _block(length: int, tokens: int) -> int:
-    """Terms summed in one go: short blocks make for small errors, and for more matrices, no larger than the operands."""
-    return max(math.isqrt(length), tokens, 8)
+    """Terms summed in one go: short blocks make for small errors, long ones for products that run at full speed.
+
+    On a CPU the Gram matrices of 32 tokens take twice the time in blocks of 32, whose charge is a fifth.
+    """
+    return max(math.isqrt(length), tokens, _SHORTEST_BLOCK)
 
 
 def _chain(length: int, tokens: int) -> int:
@@ -116,7 +124,17 @@ def _inner(x: Payload, y: Payload) -> jax.Array:
         left = (jnp.swapaxes(picked, 2, 3) if ids_x else picked).astype(right.dtype)
     else:
         left = _gram(x["left"], y["left"])
-    return jnp.sum(jnp.sum(left * right, axis=3), axis=(1, 2))
+    return _sum_by_axes(left * right)
+
+
+def _sum_by_axes(terms: jax.Array) -> jax.Array:
+    """The sum of `[B, ...]` over all axes but the first, one after the other: a chain as long as their sum.
+
+    XLA merges sums of sums to one over all axes, whose chain may be as long as their product; not through a barrier.
+    """
+    while terms.ndim > 2:
+        terms = lax.optimization_barrier(jnp.sum(terms, axis=-1))
+    return jnp.sum(terms, axis=1)
 
 
 def _square_by_grams(payloads: Sequence[Payload]) -> jax.Array:
@@ -148,7 +166,9 @@ def _gram_chain(payloads: Sequence[Payload]) -> int:
 # ---- norms
 
 
-def squared_norm(factorings: Sequence[Factoring | None], payloads: Sequence[Payload], route: NormRoute) -> jax.Array:
+def squared_norm(
+    factorings: Sequence[Factoring | None], payloads: Sequence[Payload], route: NormRoute, kernels: Kernels = XLA
+) -> jax.Array:
     """An upper bound of ||sum_k M_k||^2 for each example, `[B]`, for the uses k of one weight.
 
     **Guarantee**: with a factor of C over the root of it, what `weighted_sum` adds has L2 norm at most C up to the rounding
@@ -158,6 +178,7 @@ def squared_norm(factorings: Sequence[Factoring | None], payloads: Sequence[Payl
         factorings: How each payload was read; None for a gradient.
         payloads: Factors, or a gradient, of B examples.
         route: By Gram matrices of tokens, or directly from the gradients.
+        kernels: What takes the norm, and what will take the sum; XLA for more than one use.
     """
     if len(payloads) == 1 and "gradient" in payloads[0]:
         return squared_norms(payloads[0]["gradient"])
@@ -168,16 +189,33 @@ def squared_norm(factorings: Sequence[Factoring | None], payloads: Sequence[Payl
     if len(pairs) == 1 and pairs[0][0].has_ids:
         # `weighted_sum` adds these very rows.
         return squared_norms(_rows_by_token(payloads[0]["left"], payloads[0]["right"]))
-    passes = 2 if route == "direct" else 1  # the norm of a gradient that is formed, and the sum: each rounds by itself
-    charge = passes * (tokens + 2) * roundoff + max(_stored_roundoff(payload) for payload in payloads)
+    # The sum rounds, and so does by itself the gradient that is formed for a norm.
+    if kernels.sum == "xla":
+        charge = (tokens + 2) * roundoff + max(_stored_roundoff(payload) for payload in payloads)
+    else:
+        charge = pallas.sum_roundings(payloads[0]) * roundoff
     if len(pairs) == 1 and tokens == 1:
         norm = total if pairs[0][0].sizes[0] == 1 else _norm_of_one_token(payloads[0])
-    elif route == "direct":
-        norm = jnp.sqrt(squared_norms(add([gradient_of(*pair) for pair in pairs])))
     else:
-        square = _square_by_grams(payloads)
-        norm = jnp.sqrt(jnp.maximum(square, 0.0) + _gram_chain(payloads) * roundoff * jnp.square(total))
+        square, chain = _square(pairs, payloads, route, kernels)
+        if route == "direct":
+            norm = jnp.sqrt(square)
+            charge += chain * roundoff
+        else:
+            norm = jnp.sqrt(jnp.maximum(square, 0.0) + chain * roundoff * jnp.square(total))
     return jnp.square(norm + charge * total + add(lost))
+
+
+def _square(
+    pairs: Sequence[tuple[Factoring, Payload]], payloads: Sequence[Payload], route: NormRoute, kernels: Kernels
+) -> tuple[jax.Array, int]:
+    """||sum_k M_k||^2, `[B]`, and the roundings behind it: of the square by Grams, else of the gradient that is formed."""
+    if kernels.norm != "xla":
+        return pallas.squared_norm(payloads[0], route, kernels)
+    if route == "direct":
+        tokens = sum(payload["right"].shape[2] for payload in payloads)
+        return squared_norms(add([gradient_of(*pair) for pair in pairs])), tokens + 2
+    return _square_by_grams(payloads), _gram_chain(payloads)
 
 
 def _stored_roundoff(payload: Payload) -> float:
@@ -237,7 +275,7 @@ def squared_norm_of_tie(table: Payload, head: Payload) -> jax.Array:
     """As `squared_norm`, of an embedding by its payload and its tied head by `payload_of_tie`."""
     scale, lost = _scale_and_underflow(table)
     grams = _gram(head["right"], table["right"])[:, 0]
-    cross = jnp.sum(jnp.sum(head["picked"].astype(grams.dtype) * grams, axis=2), axis=1)
+    cross = _sum_by_axes(head["picked"].astype(grams.dtype) * grams)
     square = squared_norms(_rows_by_token(table["left"], table["right"])) + head["square"] + 2.0 * cross
     total = scale + head["scale"]
     roundoff = _roundoff(head["right"], table["right"])
@@ -251,7 +289,13 @@ def squared_norm_of_tie(table: Payload, head: Payload) -> jax.Array:
 
 
 def weighted_sum(
-    factoring: Factoring | None, payload: Payload, factors: jax.Array, keep: jax.Array, *, is_joint: bool = False
+    factoring: Factoring | None,
+    payload: Payload,
+    factors: jax.Array,
+    keep: jax.Array,
+    *,
+    is_joint: bool = False,
+    kernels: Kernels = XLA,
 ) -> jax.Array:
     """sum_b factors_b M_b over the examples to keep, `[H, I, J]` in float32 or wider.
 
@@ -261,9 +305,12 @@ def weighted_sum(
         factors: `[B]`; or `[B, L]` for a stored gradient of L layers along its leading axis.
         keep: Bool, as `factors`; the others are zeroed before any product, since 0 * inf is NaN (S9).
         is_joint: Whether the norm was taken of this use together with others, and so not of the rows of an embedding.
+        kernels: What takes the sum, the same as for the norm.
     """
     if "gradient" in payload:
         return sum_rows(payload["gradient"], factors, keep)
+    if kernels.sum != "xla":
+        return pallas.weighted_sum(payload, factors, keep, kernels)
     assert factoring is not None
     left, right = _zeroed(payload["left"], keep), _zeroed(payload["right"], keep)
     wide = accumulator(right.dtype)

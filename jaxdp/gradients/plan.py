@@ -14,9 +14,11 @@ from jaxdp._typing import Params
 from jaxdp.clipping import Groups, LeafGroup
 from jaxdp.gradients import jaxprs
 from jaxdp.gradients.cost_model import Cost, cost_of, norm_route
+from jaxdp.gradients.kernels import choose_kernels
 from jaxdp.gradients.norms import NormRoute
 from jaxdp.gradients.sites import Site, site_of_copy, site_of_leaf, site_of_use
 from jaxdp.gradients.uses import Kind, find_uses
+from pallas_kernels import Implementation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +125,14 @@ class Plan:
         return early
 
 
-def make_plan(traced: jaxprs.Traced, params: Params, groups: Groups, *, rows: int) -> Plan:
+def make_plan(
+    traced: jaxprs.Traced,
+    params: Params,
+    groups: Groups,
+    *,
+    rows: int,
+    implementation: Implementation | None = None,
+) -> Plan:
     """Analyzes a function of (params, example).
 
     Args:
@@ -131,6 +140,7 @@ def make_plan(traced: jaxprs.Traced, params: Params, groups: Groups, *, rows: in
         params: Pytree of arrays or `jax.ShapeDtypeStruct`s.
         groups: The clipping groups of the leaves.
         rows: Examples that are differentiated at once.
+        implementation: What takes norms and sums, as in `clipped_grad`.
     """
     named = _validate.named_leaves(params)
     uses = find_uses(traced, [tuple(leaf.shape) for _, leaf in named])
@@ -147,6 +157,8 @@ def make_plan(traced: jaxprs.Traced, params: Params, groups: Groups, *, rows: in
             route, spills = norm_route([(use.factoring, use.loops) for use in found.uses], rows)
             spills = spills and found.kind not in ("joint", "embedding")
             sites = tuple(site_of_use(use, index, spills=spills) for use in found.uses)
+            if found.kind != "joint":
+                sites = tuple(_with_kernels(site, route, rows, implementation) for site in sites)
         if isinstance(group, tuple) and not all(site.scans_layers or site.layer is not None for site in sites):
             kind, reason = "copy", f"its layers are not used one by one: {reason}"
             sites = (site_of_leaf(index, traced.body.invars[index]),)
@@ -154,3 +166,8 @@ def make_plan(traced: jaxprs.Traced, params: Params, groups: Groups, *, rows: in
         tie = Tie.of(sites) if kind == "joint" and route == "gram" and not is_narrow else None
         leaves.append(LeafPlan(index, path, tuple(leaf.shape), group, kind, reason, sites, route, cost, tie))
     return Plan(traced, tuple(leaves), is_narrow)
+
+
+def _with_kernels(site: Site, route: NormRoute, rows: int, implementation: Implementation | None) -> Site:
+    kernels = choose_kernels(site.factoring, site.payload, route, rows=rows, implementation=implementation)
+    return dataclasses.replace(site, kernels=kernels)

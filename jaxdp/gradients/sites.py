@@ -24,6 +24,7 @@ from jax.custom_batching import custom_vmap
 from jaxdp.clipping import round_first
 from jaxdp.gradients import jaxprs
 from jaxdp.gradients.factors import Factoring, Payload
+from jaxdp.gradients.kernels import XLA, Kernels
 from jaxdp.gradients.norms import gradient_of
 from jaxdp.gradients.uses import CopyPoint, Loop, Path, Use
 from jaxdp.gradients.views import View
@@ -92,6 +93,7 @@ class Site:
         other: Which operand of it meets the parameter.
         copied_var: The variable that a copy copies.
         is_rematerialized: Whether it is an equation inside a checkpoint.
+        kernels: What takes its norm and its sum.
     """
 
     key: Key
@@ -107,6 +109,7 @@ class Site:
     other: int
     copied_var: Any = None
     is_rematerialized: bool = False
+    kernels: Kernels = XLA
 
     @property
     def layer(self) -> int | None:

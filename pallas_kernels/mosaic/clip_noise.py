@@ -13,6 +13,12 @@ from pallas_kernels.blocks import ROWS, Blocks
 from pallas_kernels.mosaic import tiles
 
 
+def roundings(num_tokens: int, width: int, out: int, *, blocks: Blocks) -> int:
+    """See `pallas_kernels.api.roundings`: `depth` tokens in one wgmma accumulator, times the factor, added up."""
+    del width, out
+    return min(num_tokens, blocks.depth) + 1 + -(-num_tokens // blocks.depth)
+
+
 def clip_noise_dense(
     x: jax.Array,
     g: jax.Array,
@@ -58,12 +64,8 @@ def clip_noise_dense(
             return pl.ds(row, tiles.WARPGROUP_ROWS), pl.ds(j * blocks.columns + n * width, width)
 
         def step(indices, x_tile, g_tile, total):
-            def scope(product):
-                plgpu.wgmma(product, tiles.warpgroup_columns(x_tile, warpgroup).transpose((1, 0)), g_tile)
-                plgpu.wgmma_wait(0)
-                return product[...]
-
-            product = pl.run_scoped(scope, plgpu.ACC((tiles.WARPGROUP_ROWS, blocks.columns), jnp.float32))
+            rows = tiles.warpgroup_columns(x_tile, warpgroup).transpose((1, 0))
+            product = tiles.product(rows, g_tile, blocks.columns)
             factor = lax.broadcast(factors_ref[indices[0]], product.shape)
             return jnp.where(factor != 0.0, total + factor * product, total)
 

@@ -87,6 +87,20 @@ def accumulated(run: Callable[..., Any], columns: int) -> jax.Array:
     return pl.run_scoped(scope, plgpu.ACC((WARPGROUP_ROWS, columns), jnp.float32))
 
 
+def product(rows: Any, columns_of: Any, columns: int) -> jax.Array:
+    """The product of one step's operands in an accumulator of its own, `[64, columns]` float32, for a pipeline without delay.
+
+    Added to a carry in registers it makes for short chains: a sum in one wgmma accumulator rounds at every one of its terms.
+    """
+
+    def scope(accumulator):
+        plgpu.wgmma(accumulator, rows, columns_of)
+        plgpu.wgmma_wait(0)
+        return accumulator[...]
+
+    return pl.run_scoped(scope, plgpu.ACC((WARPGROUP_ROWS, columns), jnp.float32))
+
+
 def zeros(columns: int) -> jax.Array:
     """A float32 accumulator of this warpgroup in registers, `[64, columns]`."""
     return plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, columns), jnp.float32), plgpu.Layout.WGMMA)
@@ -101,6 +115,11 @@ def index(axis: int) -> jax.Array:
 def total(tile: jax.Array) -> jax.Array:
     """The sum of a tile; one axis at a time, since a sum over both does not lower."""
     return jnp.sum(jnp.sum(tile, axis=1), axis=0)
+
+
+def total_roundings(columns: int | None = None) -> int:
+    """The roundings behind a `total` one after another, in whatever order each axis is summed; of a piece of float32 by default."""
+    return (piece_width(jnp.float32) if columns is None else columns) + WARPGROUP_ROWS
 
 
 def launch(

@@ -15,6 +15,16 @@ from pallas_kernels.blocks import ROWS, Blocks
 from pallas_kernels.mosaic import tiles
 
 
+def roundings(num_tokens: int, width: int, out: int, *, blocks: Blocks) -> int:
+    """See `pallas_kernels.api.roundings`: a chain of T in one wgmma accumulator, and the sum of squares.
+
+    The squares are summed over a tile and, by XLA in any order, over the tiles; the root halves their errors.
+    """
+    num_tiles = -(-width // ROWS) * -(-out // blocks.columns)
+    squares = 1 + tiles.total_roundings(blocks.columns) + tiles.COMPUTE_WARPGROUPS * num_tiles
+    return num_tokens + -(-squares // 2)
+
+
 def wgrad_norms(
     x: jax.Array, g: jax.Array, *, store: bool, dtype: Any, blocks: Blocks, interpret: bool
 ) -> jax.Array | tuple[jax.Array, jax.Array]:

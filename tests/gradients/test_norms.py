@@ -156,7 +156,22 @@ def test_the_gram_norm_of_tokens_that_cancel_is_what_rounding_may_hide():
     assert np.all(square >= 2 * T * 2.0**-24 * scale**2)
 
 
-@pytest.mark.parametrize(("tokens", "length"), [(3, 6), (3, 24), (16, 70)])  # one block, a whole number, a rest
+@pytest.mark.parametrize("heads", [1, 2])
+def test_the_terms_of_a_gram_norm_are_summed_axis_by_axis(heads):
+    """S4(d): 2 T roundings are charged for them. Merged to one sum over all axes they could be T^2 in one chain."""
+    left, right = jnp.zeros((B, heads, T, I)), jnp.zeros((B, heads, T, J))
+
+    def square(left, right):
+        return norms.squared_norm([dense(groups=heads)], [{"left": left, "right": right}], "gram")
+
+    lines = jax.jit(square).lower(left, right).compile().as_text().splitlines()
+    sums = [line for line in lines if " reduce(" in line and f"f32[{B},{heads},{T}]" in line.split(" reduce(")[0]]
+    sums += [line for line in lines if " reduce(" in line and f"f32[{B},{T}]" in line.split(" reduce(")[0]]
+    assert len(sums) == 1  # over the tokens s, to one number for each token t
+    assert "dimensions={2}" in sums[0] or "dimensions={3}" in sums[0]
+
+
+@pytest.mark.parametrize(("tokens", "length"), [(3, 6), (3, 1536), (600, 1300)])  # one block, a whole number, a rest
 def test_a_gram_matrix_in_blocks_is_the_gram_matrix(tokens, length):
     rng = np.random.default_rng(3)
     x, y = (jnp.asarray(rng.normal(size=(B, 2, count, length)), jnp.float32) for count in (tokens, 5))
@@ -165,7 +180,7 @@ def test_a_gram_matrix_in_blocks_is_the_gram_matrix(tokens, length):
 
 
 def test_the_gram_norm_holds_no_copy_of_its_operands():
-    operands = [jnp.zeros((8, 1, 32, width)) for width in (2048, 3000)]
+    operands = [jnp.zeros((8, 1, 32, width)) for width in (4096, 5000)]
 
     def square(left, right):
         return norms.squared_norm([dense(32)], [{"left": left, "right": right}], "gram")
