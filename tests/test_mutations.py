@@ -190,12 +190,24 @@ MUTATIONS = {
     ),
     "gram_rounding_not_charged": Mutation(
         "jaxdp/gradients/norms.py",
-        "+ _gram_chain(payloads) * roundoff * jnp.square(total))",
-        "+ 0.0 * jnp.square(total))",
+        "return _square_by_grams(payloads), _gram_chain(payloads)",
+        "return _square_by_grams(payloads), 0",
         f"{NORMS} rounding_may_hide",
     ),
+    "gram_terms_in_one_chain": Mutation(
+        "jaxdp/gradients/norms.py",
+        "terms = lax.optimization_barrier(jnp.sum(terms, axis=-1))",
+        "terms = jnp.sum(terms, axis=-1)",
+        f"{NORMS} axis_by_axis",
+    ),
     "sum_rounding_not_charged": Mutation(
-        "jaxdp/gradients/norms.py", "charge = passes * (tokens + 2) * roundoff", "charge = 0.0 * roundoff", f"{NORMS} adds_more"
+        "jaxdp/gradients/norms.py",
+        "charge = (tokens + 2) * roundoff + max(",
+        "charge = 0.0 * roundoff + max(",
+        f"{NORMS} charged_for_its_rounding",
+    ),
+    "formed_gradient_not_charged": Mutation(
+        "jaxdp/gradients/norms.py", "charge += chain * roundoff", "charge += 0.0", f"{NORMS} charged_for_its_rounding"
     ),
     "stored_operand_not_charged": Mutation(
         "jaxdp/gradients/norms.py", "{jnp.dtype(jnp.bfloat16): 2.0**-8}", "{jnp.dtype(jnp.bfloat16): 0.0}", f"{NORMS} adds_more"

@@ -156,6 +156,13 @@ def test_the_gram_norm_of_tokens_that_cancel_is_what_rounding_may_hide():
     assert np.all(square >= 2 * T * 2.0**-24 * scale**2)
 
 
+def test_a_formed_gradient_and_the_sum_are_each_charged_for_its_rounding():
+    """S4(c): T + 2 roundings each, of half a unit; the tests with adversaries see only both left out."""
+    payload = {"left": jnp.ones((B, 1, T, I)), "right": jnp.ones((B, 1, T, J))}
+    norm = np.sqrt(np.float64(norms.squared_norm([dense()], [payload], "direct")))
+    np.testing.assert_allclose(norm / (T * np.sqrt(I * J)) - 1, 2 * (T + 2) * 2.0**-24, rtol=0.1)
+
+
 @pytest.mark.parametrize("heads", [1, 2])
 def test_the_terms_of_a_gram_norm_are_summed_axis_by_axis(heads):
     """S4(d): 2 T roundings are charged for them. Merged to one sum over all axes they could be T^2 in one chain."""
