@@ -1,6 +1,5 @@
 """Stricter than any user: no implicit promotion, warnings are errors (pyproject.toml), two CPU devices."""
 
-import gc
 import os
 import pathlib
 import subprocess
@@ -20,8 +19,6 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 matplotlib.use("Agg")
-gc.freeze()  # tracing makes objects by the million, and what was imported is never garbage
-gc.set_threshold(100_000, 20, 20)
 
 # One cache for all workers and the processes that they start: most of the suite's time is compilation, much of it repeated.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -51,8 +51,8 @@ def test_with_no_arguments_it_trains_digits_at_epsilon_3(tmp_path, jaxdp_here):
     assert "epsilon 3 at delta 1e-05 (ADD_OR_REMOVE_ONE, PLD accountant)" in result.stdout
     assert "\r" not in result.stderr  # no progress bar without a terminal
     assert (folder / "curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    model = np.load(folder / "model.npz")
-    assert sum(model[name].size for name in model.files) == report["num_parameters"]
+    with np.load(folder / "model.npz") as model:
+        assert sum(model[name].size for name in model.files) == report["num_parameters"]
     # Nothing that is released holds the key.
     key_words = b"noise_key"
     assert not any(key_words in path.read_bytes() for path in folder.iterdir() if path.is_file())
@@ -112,10 +112,10 @@ def test_a_killed_run_resumes_to_the_same_parameters_bit_for_bit(tmp_path, jaxdp
     kill()
     assert "resumed after step" in jaxdp_here("train", *args, run_dir, "--resume", cwd=tmp_path).stdout
     jaxdp_here("train", *args, twin, "--resume", cwd=tmp_path)
-    ours, theirs = (np.load(folder / "model.npz") for folder in (run_dir, twin))
-    assert ours.files == theirs.files
-    for name in ours.files:
-        np.testing.assert_array_equal(ours[name], theirs[name])
+    with np.load(run_dir / "model.npz") as ours, np.load(twin / "model.npz") as theirs:
+        assert ours.files == theirs.files
+        for name in ours.files:
+            np.testing.assert_array_equal(ours[name], theirs[name])
     reports = [json.loads((folder / "report.json").read_text()) for folder in (run_dir, twin)]
     for name in ("epsilon", "num_steps", "noise_multiplier", "final_training_loss_not_private"):
         assert reports[0][name] == reports[1][name]
