@@ -89,7 +89,7 @@ def test_a_killed_run_resumes_to_the_same_parameters_bit_for_bit(tmp_path, jaxdp
             subprocess.run(["rm", "-r", str(folder)], check=True)
 
     def kill():  # at a moment of no particular kind
-        time.sleep(np.random.default_rng().uniform(0.0, 0.4))
+        time.sleep(np.random.default_rng().uniform(0.0, 0.3))
         process.send_signal(signal.SIGKILL)
         output = b"".join(process.communicate())
         assert process.returncode == -signal.SIGKILL, output.decode()
