@@ -23,7 +23,7 @@ DELTA = 1e-5
 
 
 def release_of(q=1.0, b=10.0, steps=1, num_examples=1000, padded=None):
-    return SampledRelease("laplace", num_examples, q, num_examples if padded is None else padded, b, steps)
+    return SampledRelease("laplace", num_examples, q, num_examples + 1 if padded is None else padded, b, steps)
 
 
 def epsilon(release, delta=DELTA, relation=ADD_REMOVE):
@@ -50,7 +50,7 @@ def test_steps_on_all_examples_cost_one_over_b_each(b, steps):
 def test_sampled_steps_cost_their_closed_form(q, b):
     t = math.exp(1 / b)
     for relation in (ADD_REMOVE, REPLACE_SPECIAL):
-        found = plan_of(q, 50, noise_multiplier=b, padded_batch_size=1000, neighboring_relation=relation).epsilon()
+        found = plan_of(q, 50, noise_multiplier=b, padded_batch_size=1001, neighboring_relation=relation).epsilon()
         assert found == pytest.approx(50 * math.log(1 + q * (t - 1)), rel=1e-9)
     replaced = plan_of(q, 50, noise_multiplier=b, padded_batch_size=1000, neighboring_relation=REPLACE_ONE).epsilon()
     assert replaced == pytest.approx(50 * math.log((1 - q + q * t) / (1 - q + q / t)), rel=1e-9)
@@ -92,9 +92,8 @@ def test_no_outcome_of_a_truncated_sample_shows_more_than_the_pure_epsilon(value
     relations = {None: [ADD_REMOVE], 0.0: [REPLACE_SPECIAL, REPLACE_ONE]}.get(replaced_by, [REPLACE_ONE])
     found = largest_loss(values, x, replaced_by, q, cap, b)
     for relation in relations:
-        # n are the records that both sides have. A plan whose batches hold all of its records would hold a neighbor's too.
-        n = len(values) if cap < len(values) else len(values) + 1
-        release = release_of(q, b, num_examples=n, padded=min(cap, n))
+        n = len(values) + (relation != ADD_REMOVE)  # the data set: without x, which is added to it, or with it
+        release = release_of(q, b, num_examples=n, padded=min(cap, n + 1))
         assert found <= epsilon(release, 0, relation) * (1 + 1e-9) + 1e-12
 
 
@@ -104,6 +103,16 @@ def test_truncation_can_show_more_than_sampling_alone_and_is_charged_for():
     found = largest_loss(values, 1.0, None, q, cap, b)
     assert found > 1.2 * epsilon(release_of(q, b), 0)
     assert found <= epsilon(release_of(q, b, num_examples=6, padded=cap), 0)
+
+
+def test_a_batch_of_all_records_truncates_a_neighbor_with_one_more():
+    """The same where a batch has as many rows as there are records; with one row more nothing is truncated."""
+    found = largest_loss([-1.0] * 4, 1.0, None, 0.9, 4, 0.5)
+    roomy = epsilon(release_of(0.9, 0.5, num_examples=4, padded=5), 0)
+    assert roomy < found <= epsilon(release_of(0.9, 0.5, num_examples=4, padded=4), 0)
+    assert roomy == pytest.approx(math.log(1 + 0.9 * math.expm1(2)), rel=1e-9)
+    plan = plan_of(0.9, 1, num_examples=4, noise_multiplier=0.5)
+    assert (plan.padded_batch_size, plan.epsilon()) == (5, roomy)
 
 
 @pytest.mark.parametrize("q", [0.2, 1.0])
@@ -119,7 +128,7 @@ def test_the_pure_epsilon_without_truncation_is_reached(q):
 def test_default_truncation_costs_nothing_visible(relation, delta):
     plan = plan_of(0.064, 1000, target_epsilon=8.0, target_delta=delta, neighboring_relation=relation)
     assert plan.padded_batch_size <= 136
-    untruncated = dataclasses.replace(plan.release(1000), padded_batch_size=1000)
+    untruncated = plan.release(1000).without_truncation()
     assert plan.epsilon() == pytest.approx(epsilon(untruncated, delta, relation), rel=1e-3)
     given = plan_of(0.064, 1000, noise_multiplier=plan.noise_multiplier, target_delta=delta)
     assert given.padded_batch_size <= 136
@@ -144,7 +153,7 @@ def test_many_steps_are_what_the_accountant_makes_of_the_event(relation, q):
     """To the last bit, where it is less than the pure epsilon."""
     release = release_of(q, 4.0, 60)
     ledger = dp_accounting.pld.PLDAccountant(relation, 1e-3)
-    ledger.compose(release.dp_event())
+    ledger.compose(release.dp_event(relation))
     assert epsilon(release, DELTA, relation) == ledger.get_epsilon(DELTA) < epsilon(release, 0, relation)
 
 
@@ -252,7 +261,7 @@ def test_both_laws_compose():
     both = accounting.epsilon([one, other], DELTA, neighboring_relation=ADD_REMOVE, accountant="pld")
     ledger = dp_accounting.pld.PLDAccountant(ADD_REMOVE, 1e-3)
     for release in (one, other):
-        ledger.compose(release.dp_event())
+        ledger.compose(release.dp_event(ADD_REMOVE))
     assert both == ledger.get_epsilon(DELTA) > max(epsilon(one), epsilon(other))
     with pytest.raises(ValueError, match="delta=0 asks for pure"):
         accounting.epsilon([one, other], 0, neighboring_relation=ADD_REMOVE, accountant="pld")
@@ -265,9 +274,9 @@ def test_rdp_has_no_answer():
 
 def test_a_truncated_event_is_refused_rather_than_charged_too_little():
     plan = plan_of(0.05, 10, noise_multiplier=10.0)
-    with pytest.raises(ValueError, match="padded_batch_size=1000"):
+    with pytest.raises(ValueError, match="padded_batch_size=1001"):
         plan.dp_event()
-    event = plan_of(0.05, 10, noise_multiplier=10.0, padded_batch_size=1000).dp_event()
+    event = plan_of(0.05, 10, noise_multiplier=10.0, padded_batch_size=1001).dp_event()
     assert event == dp_accounting.SelfComposedDpEvent(
         dp_accounting.PoissonSampledDpEvent(0.05, dp_accounting.LaplaceDpEvent(10.0)), 10
     )

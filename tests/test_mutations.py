@@ -242,6 +242,43 @@ MUTATIONS = {
         "exhausted = state.step < 0",
         "tests/test_transforms.py past_the_plan",
     ),
+    # Statements: what is claimed of whom, and what the claim means.
+    "neighbor_with_one_more_is_never_truncated": Mutation(
+        "jaxdp/accounting/releases.py",
+        "return self.padded_batch_size <= self.num_examples and not is_full",
+        "return self.padded_batch_size < self.num_examples and not is_full",
+        "tests/test_accounting.py may_overflow",
+    ),
+    "default_batch_has_no_room_for_a_neighbor": Mutation(
+        "jaxdp/accounting/padding.py",
+        "smallest_padded_batch_size(num_examples + 1, sampling_prob, min(",
+        "smallest_padded_batch_size(num_examples, sampling_prob, min(",
+        "tests/test_accounting.py may_overflow",
+    ),
+    "neighbor_with_one_less_forgotten": Mutation(
+        "jaxdp/accounting/accountants.py",
+        "return max(found, _epsilon_pld(releases, delta, relation, is_removed=True))",
+        "return found",
+        "tests/test_accounting.py record_less",
+    ),
+    "pure_truncation_of_a_neighbor_free": Mutation(
+        "jaxdp/accounting/laplace.py",
+        "others = release.most_records(relation) - 1",
+        "others = release.num_examples - 1",
+        "tests/test_laplace_accounting.py one_more",
+    ),
+    "large_epsilon_not_judged": Mutation(
+        "jaxdp/accounting/judgment.py", "_EPSILON = 20.0", "_EPSILON = 2000.0", "tests/mechanism/test_plan.py is_weak"
+    ),
+    "large_delta_not_judged": Mutation(
+        "jaxdp/accounting/judgment.py", "if delta > _LARGEST_DELTA:", "if False:", "tests/mechanism/test_plan.py is_weak"
+    ),
+    "relation_names_records_for_units": Mutation(
+        "jaxdp/mechanism/privacy_plan.py",
+        "[self.neighboring_relation].format(unit or 'record')",
+        "[self.neighboring_relation].format('record')",
+        "tests/mechanism/test_plan.py speaks_of_the_unit",
+    ),
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from jaxdp.accounting.accountants import (
     format_epsilon as format_epsilon,
 )
 from jaxdp.accounting.calibration import calibrate_noise_multiplier as calibrate_noise_multiplier
+from jaxdp.accounting.judgment import judge as judge, judge_delta as judge_delta
 from jaxdp.accounting.padding import default_padded_batch_size as default_padded_batch_size
 from jaxdp.accounting.releases import (
     NoiseName as NoiseName,

@@ -51,7 +51,7 @@ def calibrate_noise_multiplier(
         guess = _SMALLEST  # the differing record enters no batch but with a probability that delta covers: any noise will do
     else:
         guess = _clt_log_noise_multiplier(target_epsilon, target_delta, sampling_prob, num_steps)
-    log_sigma = _solve(excess_with(num_examples), guess)
+    log_sigma = _solve(excess_with(num_examples if sampling_prob == 1 else num_examples + 1), guess)
     excess = excess_with(padded_batch_size)
     if log_sigma is None or excess(log_sigma) > 1e-4 * target_epsilon:
         log_sigma = _solve(excess, guess if log_sigma is None else log_sigma)

@@ -17,7 +17,8 @@ And since U_cap <= t^(cap - a) U_a, the share of full batches at any y is at mos
 
     w  =  P[Bin(n, q') >= cap],        q' = q t / (1 - q + q t)
 
-which grows with n, and n is at most `num_examples`. So the step is log(1 - q + q u)-DP. Removing x costs no more, since
+which grows with n. Those n records are the ones that both data sets have: at most `num_examples` of them where a record may be
+added, one less where one takes the place of another. So the step is log(1 - q + q u)-DP. Removing x costs no more, since
 (1 - q + q u)(1 - q + q v) >= 1 by Jensen's inequality. Nor does putting a record in its place that contributes nothing, whose G_0
 is within t of G and at most h P_D, h = 1 - w + w t = u / t: both ratios of (1 - q) P_D + q G and (1 - q) P_D + q G_0 are largest
 for the largest G or G_0, and at most 1 - q + q t h. Putting any other record in its place costs
@@ -54,7 +55,8 @@ def pure_epsilon_of_one_step(release: SampledRelease, relation: NeighboringRelat
     q, s = release.sampling_prob, 1 / release.noise_multiplier
     w = 0.0
     if release.truncates:
-        w = float(stats.binom.sf(release.padded_batch_size - 1, release.num_examples, _tilted(q, s)))
+        others = release.most_records(relation) - 1
+        w = float(stats.binom.sf(release.padded_batch_size - 1, others, _tilted(q, s)))
     added = _log_mean(q, s + _log_mean(w, s))
     if relation != NeighboringRelation.REPLACE_ONE:
         return added
@@ -68,7 +70,7 @@ def noise_multiplier_for(target_epsilon: float, *, sampling_prob: float, num_ste
 
 def padded_batch_size_for(s: float, *, num_examples: int, sampling_prob: float) -> int:
     """The padded batch size at which truncation costs a pure epsilon nothing visible: w t below 1e-4, for s = 1/b."""
-    return smallest_padded_batch_size(num_examples, _tilted(sampling_prob, s), math.log(_NEGLIGIBLE) - s)
+    return smallest_padded_batch_size(num_examples + 1, _tilted(sampling_prob, s), math.log(_NEGLIGIBLE) - s)
 
 
 def loss_of_one_step(
@@ -83,8 +85,7 @@ def loss_of_one_step(
     is_replaced = relation == NeighboringRelation.REPLACE_ONE
     s = (2 if is_replaced else 1) / release.noise_multiplier
     if s > _LOUDEST or (is_replaced and release.sampling_prob < 1):
-        whole = SampledRelease("laplace", 1, release.sampling_prob, 1, release.noise_multiplier, 1)
-        return _two_point_loss(pure_epsilon_of_one_step(whole, relation), grid)
+        return _two_point_loss(pure_epsilon_of_one_step(release.without_truncation(), relation), grid)
     return losses.from_laplace_mechanism(1 / s, value_discretization_interval=grid, sampling_prob=release.sampling_prob)
 
 

@@ -47,7 +47,8 @@ def plan(
             privacy.
         neighboring_relation: Add-or-remove-one by default; replace-one doubles the sensitivity (S1).
         padded_batch_size: Rows of a padded batch. None for the smallest multiple of 8 that a draw exceeds with negligible
-            probability. Truncation is charged for (S10, arXiv 2508.15089).
+            probability, at most num_examples + 1, which holds any draw from a neighbor too; num_examples for full batches.
+            Truncation is charged for (S10, arXiv 2508.15089), that of a neighbor with a record more included.
         accountant: `"pld"`, tight, or `"rdp"`, an upper bound that older papers report; Laplace noise needs `"pld"`.
         noise: `"gaussian"`; or `"laplace"`, which has a pure epsilon (DP-ZO, arXiv 2401.04343), for `make_step` and
             `make_resident_step` of `jaxdp.zeroth_order` with one direction and flat or automatic clipping. What is released there
@@ -80,11 +81,7 @@ def plan(
     if target_delta is not None:
         target_delta = check_delta("target_delta", target_delta, noise=noise)
         if target_delta > 1 / num_examples:
-            warnings.warn(
-                f"target_delta={target_delta:g} exceeds 1/num_examples={1 / num_examples:g}: releasing one record in the clear "
-                "would satisfy it. Use a smaller delta.",
-                stacklevel=2,
-            )
+            warnings.warn(accounting.judge_delta(target_delta, num_examples), stacklevel=2)
     target_epsilon, noise_multiplier = _check_goal(target_epsilon, target_delta, noise_multiplier, noise)
     if padded_batch_size is None:
         padded_batch_size = accounting.default_padded_batch_size(
@@ -99,9 +96,10 @@ def plan(
             noise_multiplier=noise_multiplier,
         )
     padded_batch_size = _validate.positive_integer("padded_batch_size", padded_batch_size)
-    if padded_batch_size > num_examples:
+    if padded_batch_size > num_examples + 1:
         raise ValueError(
-            f"padded_batch_size={padded_batch_size} exceeds num_examples={num_examples}; no draw can be that large: leave it out."
+            f"padded_batch_size={padded_batch_size} exceeds num_examples + 1 = {num_examples + 1}; no draw can be that large, from "
+            "the data set or a neighbor: leave it out."
         )
     if padded_batch_size < sampling_prob * num_examples * (1 - 1e-9):
         raise ValueError(

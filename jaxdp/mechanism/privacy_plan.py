@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from jaxdp.mechanism.ledger import Ledger
 
 _RELATION_IN_WORDS = {
-    NeighboringRelation.ADD_OR_REMOVE_ONE: "one record added or removed",
-    NeighboringRelation.REPLACE_ONE: "one record replaced by another",
-    NeighboringRelation.REPLACE_SPECIAL: "one record replaced by one that contributes nothing, as padding does",
+    NeighboringRelation.ADD_OR_REMOVE_ONE: "one {} added or removed",
+    NeighboringRelation.REPLACE_ONE: "one {} replaced by another",
+    NeighboringRelation.REPLACE_SPECIAL: "one {} replaced by one that contributes nothing, as padding does",
 }
 
 
@@ -35,7 +35,8 @@ class PrivacyPlan:
         clipping: How one example's contribution is bounded.
         noise_multiplier: The accounted noise over the clip norm, for all that one step releases: its std sigma if it is
             Gaussian, its scale b if it is Laplace.
-        padded_batch_size: The fixed number of rows of a batch; larger draws are truncated at random, smaller ones padded.
+        padded_batch_size: The fixed number of rows of a batch; larger draws, from the data set or a neighbor, are truncated at
+            random, smaller ones padded. N + 1 holds them all. Full batches (q = 1) are of all examples, whatever their number.
         neighboring_relation: Which data sets are neighbors.
         accountant: `"pld"` or `"rdp"`.
         target_epsilon: The goal that the noise was calibrated for; None if the noise multiplier was given.
@@ -89,12 +90,13 @@ class PrivacyPlan:
         """The `DpEvent` of `num_steps` steps, by default of the whole plan.
 
         Give it to an accountant built with this plan's `neighboring_relation`. Truncated Poisson sampling has an event of its
-        own, which PLD takes and RDP refuses; `epsilon()` charges for truncation under RDP as well.
+        own, which PLD takes and RDP refuses; `epsilon()` charges for truncation under RDP as well. Where a record may be added,
+        the event is that of a neighbor with one more; `epsilon()` is also that of a neighbor with one less, where it is larger.
 
         Raises:
             ValueError: batches are truncated and the noise is Laplace, for which there is no event.
         """
-        return self.release(self._steps(num_steps)).dp_event()
+        return self.release(self._steps(num_steps)).dp_event(self.neighboring_relation)
 
     def epsilon(self, *, num_steps: int | None = None, delta: float | None = None) -> float:
         """The epsilon spent by `num_steps` steps (default: the whole plan) at `delta` (default: `target_delta`)."""
@@ -120,17 +122,12 @@ class PrivacyPlan:
             self, num_steps=_validate.positive_integer("num_steps", num_steps), target_epsilon=None
         )
 
-    def describe(self) -> str:
-        """A paragraph for a report: what is guaranteed, under which assumptions, and what is not covered."""
-        if self.sampling_prob == 1:
-            sampler = f"each on all {self.num_examples} examples"
-        else:
-            sampler = (
-                f"each on a Poisson sample with probability {self.sampling_prob:.6g} (expected batch size "
-                f"{self.expected_batch_size:.6g})"
-            )
-            if self.padded_batch_size < self.num_examples:
-                sampler += f", truncated at random to {self.padded_batch_size} examples, which is charged for"
+    def describe(self, *, unit: str | None = None) -> str:
+        """A paragraph for a report: what is guaranteed, what is weak about it, under which assumptions, and what is not covered.
+
+        Args:
+            unit: What one of the `num_examples` is, a noun such as `"user"`; None for a record, which is one example.
+        """
         if self.noise == "gaussian":
             noise = f"Gaussian noise of multiplier {self.noise_multiplier:g}, added once a step to the sum"
         else:
@@ -139,20 +136,48 @@ class PrivacyPlan:
                 "to the one number that is summed"
             )
         return (
-            f"{self._claim()}. Mechanism: {self.num_steps} steps, {sampler}; {self.clipping}; {noise}, which is divided by the "
-            f"expected batch size. Accountant: {self._accountant_in_words()}. "
+            f"{self._claim(unit)}. {self._judgment(unit)}Mechanism: {self.num_steps} steps, {self._sampler_in_words(unit)}; "
+            f"{self.clipping_in_words(unit)}; {noise}, which is divided by the expected batch size. "
+            f"Accountant: {self._accountant_in_words()}. "
             "Not covered: anything else computed from the same data (metrics, losses and counts of the training set, the "
             "choice of hyper-parameters by looking at it, the values of num_examples and of this plan itself); correlated "
-            "records, such as several from one person; whoever sees the noise key or which examples were sampled; and the gap "
+            f"{unit or 'record'}s, such as several from one person; whoever sees the noise key or which {unit or 'example'}s were "
+            "sampled; and the gap "
             f"between real-valued {self.noise.capitalize()} noise and floating-point draws from a pseudo-random generator."
         )
+
+    def clipping_in_words(self, unit: str | None = None) -> str:
+        """The clipping policy, of the gradients of what `unit` names as in `describe`."""
+        return str(self.clipping) if unit is None else str(self.clipping).replace("per-example", f"per-{unit}")
+
+    def _sampler_in_words(self, unit: str | None) -> str:
+        units = f"{unit or 'example'}s"
+        may_grow = self.neighboring_relation == NeighboringRelation.ADD_OR_REMOVE_ONE
+        if self.sampling_prob == 1:
+            neighbor = f", and of a training set with one more or less on all {units} of it" if may_grow else ""
+            return f"each on all {self.num_examples} {units}{neighbor}"
+        words = (
+            f"each on a Poisson sample with probability {self.sampling_prob:.6g} (expected batch size "
+            f"{self.expected_batch_size:.6g})"
+        )
+        if self.padded_batch_size < self.num_examples:
+            words += f", truncated at random to {self.padded_batch_size} {units}, which is charged for"
+        elif self.padded_batch_size == self.num_examples and may_grow:
+            words += f", which a training set with one more has truncated at random to {self.num_examples}: that is charged for"
+        return words
+
+    def _judgment(self, unit: str | None) -> str:
+        if self.target_delta is None or self.noise_multiplier == 0:
+            return ""
+        found = accounting.judge(self.epsilon(), self.target_delta, self.num_examples, unit=unit or "record")
+        return "".join(f"{sentence} " for sentence in found)
 
     def _accountant_in_words(self) -> str:
         if self.target_delta == 0:
             return "basic composition of the pure epsilons of the steps"
         return f"{self.accountant.upper()} (dp_accounting {importlib.metadata.version('dp-accounting')})"
 
-    def _claim(self) -> str:
+    def _claim(self, unit: str | None) -> str:
         if self.noise_multiplier == 0:
             return "This run is NOT differentially private: no noise is added"
         if self.target_delta is None:
@@ -170,8 +195,8 @@ class PrivacyPlan:
         )
         return (
             f"The released model is {private} "
-            f"with respect to {_RELATION_IN_WORDS[self.neighboring_relation]} ({self.neighboring_relation.name}) in a training "
-            f"set of {self.num_examples} examples"
+            f"with respect to {_RELATION_IN_WORDS[self.neighboring_relation].format(unit or 'record')} "
+            f"({self.neighboring_relation.name}) in a training set of {self.num_examples} {unit or 'example'}s"
         )
 
     def _delta(self, delta: float | None) -> float:

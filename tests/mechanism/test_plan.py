@@ -6,7 +6,7 @@ import math
 import pytest
 
 import jaxdp
-from jaxdp import NeighboringRelation
+from jaxdp import NeighboringRelation, accounting
 
 SETTINGS = {"num_examples": 1000, "expected_batch_size": 50, "num_steps": 100, "clipping": jaxdp.flat(1.0)}
 
@@ -78,7 +78,60 @@ def test_no_noise_has_no_guarantee():
 
 def test_a_large_delta_is_warned_about():
     with pytest.warns(UserWarning, match="releasing one record in the clear"):
-        jaxdp.plan(**SETTINGS, noise_multiplier=1.0, target_delta=0.01)
+        plan = jaxdp.plan(**SETTINGS, noise_multiplier=1.0, target_delta=0.01)
+    assert f"examples. {accounting.judge_delta(0.01, 1000)} Mechanism:" in plan.describe()
+
+
+def test_what_is_weak_is_judged_beside_the_claim_and_nothing_else_is():
+    few = {**SETTINGS, "num_examples": 120, "target_delta": 0.005}
+    assert (
+        "delta=0.005 exceeds 0.001: with a chance of up to 1 in 200"
+        in jaxdp.plan(**few, noise_multiplier=1.0).describe()
+    )
+    loud = jaxdp.plan(**SETTINGS, noise_multiplier=0.4, target_delta=1e-5)
+    assert loud.epsilon() > 20
+    sentences = accounting.judge(loud.epsilon(), 1e-5, 1000)
+    assert len(sentences) == 1
+    assert f"examples. {sentences[0]} Mechanism:" in loud.describe()
+    for sound in (
+        jaxdp.plan(**SETTINGS, noise_multiplier=1.0, target_delta=1e-3),
+        jaxdp.plan(**SETTINGS, noise_multiplier=0.4),  # its epsilon needs a delta
+        jaxdp.plan(**SETTINGS, noise_multiplier=0.0, target_delta=1e-5),  # which says that it is not private
+    ):
+        assert "exceeds" not in sound.describe()
+
+
+@pytest.mark.parametrize("relation", NeighboringRelation)
+@pytest.mark.parametrize("clipping", [jaxdp.flat(1.0), jaxdp.per_layer(1.0), jaxdp.automatic(1.0), jaxdp.quantile(1.0)])
+@pytest.mark.parametrize("more", [{}, {"sampling_prob": 1.0}, {"padded_batch_size": 64}, {"padded_batch_size": 200}])
+def test_a_description_speaks_of_the_unit_that_it_is_told(relation, clipping, more):
+    settings = {
+        "num_examples": 200,
+        "sampling_prob": 0.25,
+        "num_steps": 3,
+        "target_delta": 4e-3,
+        "noise_multiplier": 0.3,
+    }
+    plan = jaxdp.plan(**(settings | more), clipping=clipping, neighboring_relation=relation)
+    text = plan.describe(unit="user")
+    for word in ("record", "example"):
+        assert word not in text.replace("num_examples", "")
+    for words in (
+        "one user ",
+        "in a training set of 200 users",
+        "correlated users",
+        "which users were sampled",
+        "per-user gradient",
+    ):
+        assert words in text
+    as_before = plan.describe()
+    for words in (
+        "one record ",
+        "in a training set of 200 examples",
+        "correlated records",
+        "which examples were sampled",
+    ):
+        assert words in as_before
 
 
 LAPLACE = {**SETTINGS, "noise": "laplace"}
