@@ -6,7 +6,15 @@ import pathlib
 ROOT = pathlib.Path(__file__).parent.parent
 
 FLOORS = {
-    0: ["pallas_kernels", "jaxdp._files", "jaxdp._typing", "jaxdp._validate", "jaxdp.block_model"],
+    0: [
+        "pallas_kernels",
+        "jaxdp._files",
+        "jaxdp._materialize",
+        "jaxdp._typing",
+        "jaxdp._validate",
+        "jaxdp.block_model",
+        "jaxdp.noise_keys",
+    ],
     1: [
         "jaxdp.sampling",
         "jaxdp.clipping",

@@ -5,7 +5,6 @@ from jaxdp.clipping.aggregation import (
     accumulator as accumulator,
     clip_and_sum as clip_and_sum,
     clipping_factors as clipping_factors,
-    round_first as round_first,
     squared_norms as squared_norms,
     sum_rows as sum_rows,
 )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxdp._materialize import materialize
 from jaxdp.clipping.policies import ClippingPolicy, Groups, LeafGroup
 
 
@@ -33,21 +34,14 @@ def accumulator(*dtypes: Any) -> Any:
     return jnp.float64 if any(dtype == jnp.float64 for dtype in dtypes) else jnp.float32
 
 
-def round_first(*arrays: jax.Array) -> list[jax.Array]:
-    """The arrays as they are stored, so that the norm and the sum read the same numbers (S4a).
-
-    XLA may carry a bfloat16 or float16 value at excess precision into one consumer and rounded into another.
-    """
-    is_narrow = any(array.dtype.itemsize < 4 for array in arrays)
-    return list(lax.optimization_barrier(arrays) if is_narrow else arrays)
-
-
+@jax.named_scope("jaxdp_norm")
 def squared_norms(rows: jax.Array, *, by_layer: bool = False) -> jax.Array:
     """||g_i||^2 of the rows of `[B, *shape]`, `[B]`; of each slice along the first axis of `shape`, `[B, L]`."""
     wide = rows.astype(accumulator(rows.dtype))
     return jnp.sum(jnp.square(wide), axis=tuple(range(2 if by_layer else 1, rows.ndim)))
 
 
+@jax.named_scope("jaxdp_sum")
 def sum_rows(rows: jax.Array, factors: jax.Array, keep: jax.Array) -> jax.Array:
     """sum_i c_i g_i over the rows of `[B, *shape]` to keep.
 
@@ -88,6 +82,7 @@ def per_example_norms(per_example: Any, groups: Groups) -> jax.Array:
     return jnp.sqrt(jnp.stack([sum(part.astype(widest) for part in parts) for parts in squares], axis=1))
 
 
+@jax.named_scope("jaxdp_factors")
 def clipping_factors(
     norms: jax.Array, policy: ClippingPolicy, clip_norms: jax.Array, *, counts: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -139,7 +134,7 @@ def clip_and_sum(
         The clipped sum, the per-example norms `[B, K]`, and keep, bool `[B, K]`: who was summed where. The last two are
         private.
     """
-    per_example = jax.tree.map(lambda leaf: round_first(leaf)[0], per_example)
+    per_example = materialize(per_example)  # S4e: the norm is of the very tensor that is summed
     norms = per_example_norms(per_example, groups)
     factors, keep, centered_count = clipping_factors(norms, policy, clip_norms, counts=counts)
 

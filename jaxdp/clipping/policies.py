@@ -53,7 +53,7 @@ def _one_group(params: Params) -> Groups:
 
 
 def _hard_factors(norms: jax.Array, clip_norms: jax.Array) -> jax.Array:
-    # S4(e): min(1, C / max(n, tiny)), with no additive constant that could raise the factor.
+    # S4(f): min(1, C / max(n, tiny)), with no additive constant that could raise the factor.
     target = jnp.where(jnp.isinf(clip_norms), clip_norms, clip_norms * _ROUNDING_GUARD)
     tiny = jnp.finfo(norms.dtype).tiny
     # `n <= C` and not the quotient decides: an infinite C would give inf/inf for an infinite norm.

@@ -131,7 +131,7 @@ def _explain_leaf(plan: Plan, leaf: LeafPlan, method: str, groups: Groups, is_ea
     finishes = "backward" if is_early or (method == "two_pass" and leaf.kind != "joint") else "after"
     kept = 0 if finishes == "backward" else leaf.cost.kept_bytes
     chosen = [XLA if method == "vmap" else site.kernels for site in leaf.sites]
-    passes = 2 if method == "two_pass" and leaf.kind != "joint" and plan.is_narrow else 1
+    passes = 2 if method == "two_pass" and leaf.kind != "joint" else 1
     return LeafExplanation(
         leaf.path,
         leaf.shape,

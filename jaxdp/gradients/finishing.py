@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxdp._materialize import materialize
 from jaxdp.clipping import squared_norms
 from jaxdp.gradients.factors import Payload
-from jaxdp.gradients.norms import add, gradient_of, squared_norm, weighted_sum
+from jaxdp.gradients.norms import add, gradient_of, rows_by_token, squared_norm, weighted_sum
 from jaxdp.gradients.plan import LeafPlan
 from jaxdp.gradients.sites import Key, Site, Slot
 from jaxdp.gradients.uses import Loop
@@ -62,8 +63,14 @@ class LeftBehind:
 
 def left_behind(leaf: LeafPlan, reports: Mapping[Key, Slot]) -> list[LeftBehind]:
     late = [LeftBehind(site, *_merged(site, reports[site.key].report.rows)) for site in leaf.sites]
-    if leaf.kind != "joint" or leaf.norm_route == "gram":
+    if leaf.kind != "joint":
         return late
+    if leaf.norm_route == "gram":
+        first, factoring = late[0], leaf.sites[0].factoring
+        if len(late) > 1 or factoring is None or not factoring.has_ids:
+            return late
+        rows = first.map(lambda payload: rows_by_token(**payload)[:, None])
+        return [dataclasses.replace(first, payload=first.payload | {"right": materialize(rows)})]  # S4e
 
     def gradient(payloads: Sequence[Payload]) -> jax.Array:
         parts = [gradient_of(site.factoring, payload) for site, payload in zip(leaf.sites, payloads, strict=True)]
@@ -71,7 +78,7 @@ def left_behind(leaf: LeafPlan, reports: Mapping[Key, Slot]) -> list[LeftBehind]
 
     # The sum of the uses is small: formed once, the norm and the sum are of the same tensor (S4).
     payloads, has_axis = [each.payload for each in late], late[0].has_axis
-    whole = lax.map(gradient, payloads) if has_axis else gradient(payloads)
+    whole = materialize(lax.map(gradient, payloads) if has_axis else gradient(payloads))  # S4e
     return [LeftBehind(leaf.sites[0], {"gradient": whole}, has_axis)]
 
 
@@ -134,8 +141,7 @@ def late_sum(leaf: LeafPlan, late: Sequence[LeftBehind], factors: jax.Array, kee
             rows = [over_loops(row, stacked).reshape(-1, row.shape[-1]) for row in rows]
 
         def one(payload: Payload, factors: jax.Array, keep: jax.Array) -> jax.Array:
-            is_joint = leaf.kind == "joint"
-            return weighted_sum(site.factoring, payload, factors, keep, is_joint=is_joint, kernels=site.kernels)
+            return weighted_sum(site.factoring, payload, factors, keep, kernels=site.kernels)
 
         sums = part.map(one, *rows)
         return site.to_leaf(sums.reshape(*site.stacked_lengths, *site.total_shape) if part.has_axis else sums)

@@ -8,19 +8,29 @@ that is always exact.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import numbers
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import tree_util
 from jax.extend import core as jex
+from jax.interpreters import batching
 
 Var = Any
 Equation = Any
 
 # Calls whose body is simply the computation: walked in place. `pjit` and `core_call` are names of older versions.
-_INLINE = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
+# A `custom_vmap` is its function of one example: the rule, which sees a batch, is not asked (S3).
+_INLINE = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "custom_vmap_call": "call",
+}
 _REMAT = ("remat2", "checkpoint", "remat")
 
 
@@ -53,16 +63,22 @@ class Body:
 
 @dataclasses.dataclass(frozen=True)
 class Traced:
-    """A function of (params, example) as a jaxpr, and the pytree of its output."""
+    """A function of (params, example) as a jaxpr, and the pytree and the shapes of its output."""
 
     body: Body
     out_tree: Any
+    out: Any = None
+
+    @functools.cached_property
+    def couplings(self) -> Couplings:
+        """What in it could reach other records when it is mapped over a batch, its gradient included."""
+        return find_couplings(self.body, derivative="reverse")
 
 
 def trace(fun: Callable[..., Any], params: Any, example: Any) -> Traced:
     """Traces `fun(params, example)` at the shapes of its arguments, which may be `jax.ShapeDtypeStruct`s."""
     closed, out_shape = jax.make_jaxpr(fun, return_shape=True)(params, example)
-    return Traced(Body.of(closed), tree_util.tree_structure(out_shape))
+    return Traced(Body.of(closed), tree_util.tree_structure(out_shape), out_shape)
 
 
 def is_literal(atom: Any) -> bool:
@@ -70,7 +86,7 @@ def is_literal(atom: Any) -> bool:
 
 
 def inlined(eqn: Equation) -> Body | None:
-    """The body of a call that only groups equations (`jit`), else None."""
+    """The body of a call that only groups equations (`jit`), or that says beside it what a batch is, else None."""
     name = _INLINE.get(eqn.primitive.name)
     return None if name is None or name not in eqn.params else Body.of(eqn.params[name])
 
@@ -134,22 +150,145 @@ def contains(body: Body, primitive: str) -> bool:
     )
 
 
-def has_narrow_floats(body: Body) -> bool:
-    """Whether a body, or any jaxpr inside it, holds a floating-point value narrower than float32."""
-
-    def is_narrow(atom: Any) -> bool:
-        dtype = getattr(atom.aval, "dtype", None)
-        return dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
-
-    return any(map(is_narrow, body.invars)) or any(
-        any(map(is_narrow, (*eqn.invars, *eqn.outvars))) or any(map(has_narrow_floats, _all_bodies(eqn)))
-        for eqn in body.equations
-    )
-
-
 def _all_bodies(eqn: Equation) -> list[Body]:
-    values = [item for value in eqn.params.values() for item in (value if isinstance(value, tuple | list) else [value])]
-    return [Body.of(value) for value in values if isinstance(value, jex.Jaxpr | jex.ClosedJaxpr)]
+    values = list(eqn.params.values())
+    if (
+        hi := eqn.params.get("_prim")
+    ) is not None:  # JAX 0.12: a primitive that is an object, with what it was traced to
+        values += [
+            getattr(value, "jaxpr", value) for value in (*vars(hi).values(), *getattr(hi, "params", {}).values())
+        ]
+    flat = [item for value in values for item in (value if isinstance(value, tuple | list) else [value])]
+    return [Body.of(value) for value in flat if isinstance(value, jex.Jaxpr | jex.ClosedJaxpr)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Couplings:
+    """What in a function of one example could reach other examples once it is mapped over a batch.
+
+    Attributes:
+        apart: Identities (`id`) of the equations that `jax.vmap` may not have as they stand, or that hold such a one. `inlined`,
+            `rematerialized`, `branches` and `scan` lead further in; what they do not open runs one example after the other.
+        names: What they are, for people.
+        collectives: Pairs of a primitive and an axis that is bound outside of the function.
+        stateful: Primitives that read what an earlier call left on the host or in a mutable array.
+    """
+
+    apart: frozenset[int]
+    names: tuple[str, ...]
+    collectives: tuple[tuple[str, str], ...]
+    stateful: tuple[str, ...]
+
+
+#: Casts between types of manual axes: values stay as they are. `axis_index` tells a position, which is public.
+_NOT_COLLECTIVE = ("pvary", "pcast", "core_pvary", "reshard", "axis_index", "axis_size")
+#: What maps a callback without showing it two examples at once.
+_MAPPED_ONE_BY_ONE = ("sequential", "sequential_unrolled")
+
+
+def find_couplings(body: Body, *, derivative: Literal["reverse", "forward"] | None) -> Couplings:
+    """Looks for couplings in all that runs: bodies of any depth, and the rules of custom derivatives if there is a derivative.
+
+    Args:
+        body: The function.
+        derivative: Which derivative is taken of it.
+    """
+    apart: set[int] = set()
+    names: dict[str, None] = {}
+    collectives: dict[tuple[str, str], None] = {}
+    stateful: dict[str, None] = {}
+
+    def visit(body: Body, bound: frozenset[str], derivative: str | None) -> bool:
+        is_apart = False
+        for eqn in body.equations:
+            collectives.update(dict.fromkeys(_collectives(eqn, bound)))
+            if eqn.primitive.name == "io_callback" and (eqn.outvars or eqn.params.get("ordered")):
+                stateful["io_callback"] = None
+            why = _sees_a_batch(eqn)
+            if why is not None:
+                names[why] = None
+            found = why is not None
+            inside, bodies = bound | _axes_bound_by(eqn), _all_bodies(eqn)
+            is_custom = eqn.primitive.name in _CUSTOM_DERIVATIVES and bool(bodies)
+            for inner in bodies:
+                found |= visit(inner, inside, None if is_custom else derivative)
+            if is_custom and derivative is not None:
+                rules = _rules(eqn, derivative)
+                # All that runs is there to be seen, or it runs as if it were coupled.
+                found |= visit(rules, inside, None) if rules is not None else True
+            if found:
+                apart.add(id(eqn))
+            is_apart |= found
+        return is_apart
+
+    visit(body, frozenset(), derivative)
+    if any(type(effect).__name__ in ("WriteEffect", "AccumEffect") for effect in body.jaxpr.effects):
+        stateful["a mutable array that the loss writes to"] = None
+    return Couplings(frozenset(apart), tuple(names), tuple(collectives), tuple(stateful))
+
+
+_CUSTOM_DERIVATIVES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "call_hi_primitive")
+
+
+def _sees_a_batch(eqn: Equation) -> str | None:
+    """Why `jax.vmap` of an equation may show it two examples at once, or is not defined; None if neither."""
+    name = eqn.primitive.name
+    if name == "custom_vmap_call":
+        return "jax.custom_batching.custom_vmap"
+    if name == "pure_callback" and eqn.params.get("vmap_method") not in _MAPPED_ONE_BY_ONE:
+        return f"jax.pure_callback(vmap_method={eqn.params.get('vmap_method')!r})"
+    if name.startswith("ragged_dot"):  # has rules for some of its forms only, and others in its gradient
+        return name
+    if eqn.primitive in batching.fancy_primitive_batchers:  # of all that has a rule
+        return None
+    return None if _is_known_to_vmap(eqn) else name
+
+
+def _is_known_to_vmap(eqn: Equation) -> bool:
+    # Calls are mapped by the batching trace itself, and primitives of JAX's newer kind by a method of theirs.
+    return bool(_all_bodies(eqn)) or hasattr(eqn.params.get("_prim", eqn.primitive), "batch")
+
+
+def _axes_bound_by(eqn: Equation) -> frozenset[str]:
+    """Names of the axes that an equation binds for its body: those of `shard_map` and `pmap`."""
+    manual = eqn.params.get("newly_manual_axes", eqn.params.get("manual_axes", ()))
+    mapped = eqn.params.get("axis_name") if eqn.primitive.name == "xla_pmap" else None
+    return frozenset(manual) | (frozenset() if mapped is None else frozenset([mapped]))
+
+
+def _collectives(eqn: Equation, bound: frozenset[str]) -> list[tuple[str, str]]:
+    """The primitive of an equation with each axis by name that it reads across, other than the bound ones."""
+    if eqn.primitive.name in _NOT_COLLECTIVE or _all_bodies(eqn):
+        return []
+    axes = eqn.params.get("axis_name", eqn.params.get("axes", ()))
+    axes = axes if isinstance(axes, tuple | list | set | frozenset) else (axes,)
+    # Axes by number are those of the array: what is left of an axis that was bound by `jax.vmap` inside the function.
+    names = [axis for axis in axes if axis is not None and not isinstance(axis, numbers.Integral)]
+    return [(eqn.primitive.name, str(axis)) for axis in names if axis not in bound]
+
+
+def _rules(eqn: Equation, derivative: str) -> Body | None:
+    """What runs for the derivative of an equation with rules of its own; None if the rules cannot be traced."""
+    real = [jnp.issubdtype(atom.aval.dtype, jnp.inexact) for atom in eqn.invars]
+
+    def differentiated(*operands: Any) -> Any:
+        def of_real(*chosen: Any) -> list[Any]:
+            rest = iter(chosen)
+            values = [next(rest) if is_real else value for value, is_real in zip(operands, real, strict=True)]
+            found = evaluate_equation(eqn, values)
+            return [value for value in found if jnp.issubdtype(value.dtype, jnp.inexact)]
+
+        chosen = [value for value, is_real in zip(operands, real, strict=True) if is_real]
+        if derivative == "forward":
+            return jax.jvp(of_real, chosen, [jnp.ones_like(value) for value in chosen])
+        values, pull = jax.vjp(of_real, *chosen)
+        return values, pull([jnp.ones_like(value) for value in values])
+
+    try:
+        operands = [jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype) for atom in eqn.invars]
+        return Body.of(jax.make_jaxpr(differentiated)(*operands))
+    except Exception:  # whatever a user's rule may raise: the derivative itself will, if it is ever taken
+        return None
 
 
 def convolves_with(eqn: Equation, operands: Sequence[bool]) -> bool:

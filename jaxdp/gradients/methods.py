@@ -23,6 +23,7 @@ import numpy as np
 from jax import lax
 
 from jaxdp import _validate
+from jaxdp._materialize import materialize
 from jaxdp._typing import Batch, LossFn, Params
 from jaxdp.clipping import (
     ClippedSum,
@@ -47,10 +48,10 @@ from jaxdp.gradients.finishing import (
     over_loops,
     squared_norm_of_sites,
 )
-from jaxdp.gradients.norms import NormRoute, add, payload_of_tie, squared_norm, squared_norm_of_tie, weighted_sum
-from jaxdp.gradients.plan import LeafPlan, Plan, Tie, make_plan
-from jaxdp.gradients.rewrite import Assignment, evaluate
-from jaxdp.gradients.sites import NOTHING, Key, Report, Site, Slot, Task, zeros_like
+from jaxdp.gradients.norms import NormRoute, add, squared_norm, weighted_sum
+from jaxdp.gradients.plan import LeafPlan, Plan, make_plan
+from jaxdp.gradients.rewrite import Assignment, evaluate, evaluate_alone
+from jaxdp.gradients.sites import NOTHING, Key, Report, Site, Slot, Task
 from pallas_kernels import Implementation
 
 Method: TypeAlias = Literal["auto", "ghost", "vmap", "two_pass", "book_keeping", "per_layer"]
@@ -114,13 +115,16 @@ class Problem:
     def plan(self) -> Plan:
         return make_plan(self.traced, self.params, self.groups, rows=self.size, implementation=self.implementation)
 
-    def after(self, factors: jax.Array) -> Problem:
-        """The same problem, to be computed once more after `factors` are known.
+    def after(self, factors: jax.Array, sums: Sequence[jax.Array]) -> Problem:
+        """The same problem, to be computed once more after `factors` and `sums` are known.
 
         A compiler that saw the two passes as one would keep every activation, and the logits, until the second is done. An
         optimization barrier orders nothing on the CPU, so the batch is made to depend on the factors; they are never NaN.
         """
-        impossible = jnp.isnan(jnp.sum(factors))
+        with jax.named_scope("jaxdp_factors"):
+            impossible = jnp.isnan(jnp.sum(factors))
+            for each in sums:
+                impossible &= jnp.isnan(each.ravel()[0])
 
         def depending(x: Any) -> Any:
             x = jnp.asarray(x)
@@ -182,7 +186,7 @@ def _assign(plan: Plan, chosen: Sequence[tuple[Key, Sequence[Site], Task]]) -> A
     uses: dict[Any, Site | None] = {site.key[0]: None for site in plan.sites if site.equation is not None}
     uses |= {site.key[0]: site for site in reporting if site.equation is not None}
     copies = {(site.key[0], site.copied_var): site for site in reporting if site.equation is None}
-    return Assignment(uses, copies, tasks, groups, members, {})
+    return Assignment(uses, copies, tasks, groups, members)
 
 
 def _norms(problem: Problem, squares: Mapping[int, jax.Array]) -> jax.Array:
@@ -215,11 +219,14 @@ def _finish(problem: Problem, loss: jax.Array, aux: Any, norms: jax.Array, total
 
 def by_vmap(problem: Problem) -> Clipped:
     """The definition: the gradient of every example, clipped and summed."""
+    traced = problem.traced
+    is_apart = bool(traced.couplings.apart)
+    fun = functools.partial(evaluate_alone, traced) if is_apart else problem.fun
 
     def value_and_grad(params: Any, example: Any) -> Any:
         if problem.has_aux:
-            return jax.value_and_grad(problem.fun, has_aux=True)(params, example)
-        loss, grads = jax.value_and_grad(problem.fun)(params, example)
+            return jax.value_and_grad(fun, has_aux=True)(params, example)
+        loss, grads = jax.value_and_grad(fun)(params, example)
         return (loss, None), grads
 
     def gradient(example: Any) -> Any:
@@ -227,7 +234,7 @@ def by_vmap(problem: Problem) -> Clipped:
 
     # With one kernel gradient for each example a convolution becomes one in groups, which XLA may turn into a dense one with
     # zeros between the groups. A NaN times such a zero would be the NaN of every example: run them one by one (S3, S9).
-    one_by_one = jaxprs.contains(problem.traced.body, "conv_general_dilated")
+    one_by_one = is_apart or jaxprs.contains(traced.body, "conv_general_dilated")
     (loss, aux), grads = (lax.map if one_by_one else _vmap)(gradient, problem.batch)
     clipped, norms, keep = clip_and_sum(
         grads, problem.policy, problem.groups, problem.clip_norms, counts=problem.counts(loss)
@@ -242,20 +249,17 @@ def _vmap(function: Callable[[Any], Any], batch: Any) -> Any:
 def by_two_passes(problem: Problem) -> Clipped:
     """Norms in a first backward pass, weighted sums in a second: nothing of the size of the factors is kept.
 
-    The second pass differentiates the same loss again, not one scaled by the factors: scaling before the backward pass would
-    round differently from the pass whose norms were taken (S4). Where anything is narrower than float32 each site clips
-    once more to the norm that the first pass found for it, since two compiled passes may round differently; uses with a
-    joint norm then keep their factors.
+    The second pass differentiates the same loss again, not one scaled by the factors, which would round differently. Even so the
+    compiler may round the two passes differently, and a gradient that cancels in one need not cancel in the other (S4e): so
+    each site clips once more, to the norm that the first pass found for it, what the second pass sums. Uses with a joint
+    norm, which have none of their own to clip to, keep their factors, and are summed before the second pass.
     """
     plan = problem.plan
     first: list[tuple[Key, Sequence[Site], Any]] = []
     slots: dict[Key, Slot] = {}
     for leaf in plan.leaves:
         for site in leaf.sites:
-            if leaf.tie is not None and site is leaf.tie.head:
-                slots[site.key] = Slot(Report(_tie_slot(leaf.tie, problem.size), None), NOTHING)
-                first.append((site.key, [site], _report_tie(site)))
-            elif leaf.kind == "joint":
+            if leaf.kind == "joint":
                 slots[site.key] = _payload_slot(site, problem.size)
                 first.append((site.key, [site], _report_payload(site.key)))
             else:
@@ -263,26 +267,23 @@ def by_two_passes(problem: Problem) -> Clipped:
                 square = _rows(site, problem.size, shape, _total_dtype(site))
                 slots[site.key] = Slot(Report(square, None), NOTHING)
                 first.append((site.key, [site], _report_norm(site, leaf)))
-    ties = {leaf.tie.head.key: leaf.tie.table for leaf in plan.leaves if leaf.tie is not None}
-    assignment = dataclasses.replace(_assign(plan, first), ties=ties)
+    assignment = _assign(plan, first)
     loss, pull, rest = jax.vjp(lambda slots: problem.losses(assignment, slots), slots, has_aux=True)
     (reports,) = pull(jnp.ones_like(loss))
+    alone = {site.key for leaf in plan.leaves if leaf.kind != "joint" for site in leaf.sites}
+    # The second pass clips each site to the very number that the factors are made of (S4e).
+    found = materialize({key: report.report.rows for key, report in reports.items() if key in alone})
     squares: dict[int, jax.Array] = {}
     late: dict[int, list[LeftBehind]] = {}
     for leaf in plan.leaves:
-        if leaf.tie is not None:
-            table, head = (reports[site.key].report.rows for site in (leaf.tie.table, leaf.tie.head))
-            squares[leaf.index] = squared_norm_of_tie(table, head)
-        elif leaf.kind == "joint":
+        if leaf.kind == "joint":
             late[leaf.index] = left_behind(leaf, reports)
             squares[leaf.index] = late_squared_norm(leaf, late[leaf.index])
         elif leaf.sites:
-            parts = [by_layer(leaf, site, reports[site.key].report.rows) for site in leaf.sites]
-            squares[leaf.index] = add(parts)
-    # Kept until the factors are known: what cannot be clipped once more, and small gradients.
-    kept = {index for index in late if plan.leaves[index].norm_route == "direct" or plan.is_narrow}
+            squares[leaf.index] = add([by_layer(leaf, site, found[site.key]) for site in leaf.sites])
 
     def totals(factors: jax.Array, keep: jax.Array) -> Any:
+        kept = {index: late_sum(plan.leaves[index], parts, factors, keep) for index, parts in late.items()}
         second: list[tuple[Key, Sequence[Site], Any]] = []
         slots: dict[Key, Slot] = {}
         for leaf in plan.leaves:
@@ -295,22 +296,21 @@ def by_two_passes(problem: Problem) -> Clipped:
                 }
                 if not is_whole_stack(leaf, site):
                     rows = {name: over_loops(row, site.loops) for name, row in rows.items()}
-                if plan.is_narrow:
-                    rows["square"] = reports[site.key].report.rows
+                rows["square"] = found[site.key]
                 total = _totals(site, site.total_shape, _total_dtype(site))
                 slots[site.key] = Slot(Report(None, total), Report(rows, None))
                 second.append((site.key, [site], _report_sum(site, leaf)))
         assignment = _assign(plan, second)
         # XLA would hold the stacked activations of a second forward scan beside those of the first: then they share one.
         shares = any(site.loops and not site.is_rematerialized for site in plan.sites)
-        later = problem if shares else problem.after(factors)
+        later = problem if shares else problem.after(factors, list(kept.values()))
         again, pull, _ = jax.vjp(lambda slots: later.losses(assignment, slots), slots, has_aux=True)
         seeds, _ = lax.optimization_barrier((jnp.ones_like(again), factors))
         (sums,) = pull(seeds)
         value = []
         for leaf in plan.leaves:
             if leaf.index in kept:
-                value.append(late_sum(leaf, late[leaf.index], factors, keep))
+                value.append(kept[leaf.index])
             elif leaf.sites:
                 value.append(add([site.to_leaf(sums[site.key].report.totals) for site in leaf.sites]))
             else:
@@ -318,16 +318,6 @@ def by_two_passes(problem: Problem) -> Clipped:
         return jax.tree.unflatten(jax.tree.structure(problem.params), value)
 
     return _finish(problem, loss, problem.aux(rest), _norms(problem, squares), totals)
-
-
-def _tie_slot(tie: Tie, size: int) -> Payload:
-    head = {name: jax.ShapeDtypeStruct((size, *s.shape), s.dtype) for name, s in tie.head.payload.items()}
-    ids = jax.ShapeDtypeStruct((size, *tie.table.payload["left"].shape), jnp.float32)
-    return zeros_like(jax.eval_shape(payload_of_tie, head, ids))
-
-
-def _report_tie(site: Site) -> Task:
-    return lambda payloads, given: Report(payload_of_tie(payloads[site.key], given.rows), None)
 
 
 def _report_norm(site: Site, leaf: LeafPlan) -> Task:
@@ -342,12 +332,11 @@ def _report_sum(site: Site, leaf: LeafPlan) -> Task:
     def task(payloads: Mapping[Key, Payload], given: Report) -> Report:
         rows, payload = given.rows, payloads[site.key]
         factors, keep = rows["factors"], rows["keep"].astype(bool)
-        if "square" in rows:
-            now = squared_norm_of_sites(leaf, [site], [payload])
+        now = squared_norm_of_sites(leaf, [site], [payload])
+        with jax.named_scope("jaxdp_factors"):
             keep = keep & jnp.isfinite(now)
             factors = factors * jnp.sqrt(jnp.where(now > rows["square"], rows["square"] / now, 1.0))
-        is_joint = leaf.kind == "joint"
-        total = weighted_sum(site.factoring, payload, factors, keep, is_joint=is_joint, kernels=site.kernels)
+        total = weighted_sum(site.factoring, payload, factors, keep, kernels=site.kernels)
         return Report(None, total.astype(_total_dtype(site)))
 
     return task
@@ -416,10 +405,11 @@ def _clip_group(problem: Problem, sites: Sequence[Site]) -> Task:
             squared_norm([site.factoring], [payloads[site.key]], routes[site.leaf], site.kernels).astype(dtype)
             for site in sites
         ]
-        norm = jnp.sqrt(add(squares))
-        keep = given.rows.astype(bool) & jnp.isfinite(norm)  # S9
-        bound = given.totals.astype(dtype)
-        factors = jnp.where(keep, problem.policy.factors(norm[:, None], bound[None, None])[:, 0], 0.0)
+        with jax.named_scope("jaxdp_factors"):
+            norm = jnp.sqrt(add(squares))
+            keep = given.rows.astype(bool) & jnp.isfinite(norm)  # S9
+            bound = given.totals.astype(dtype)
+            factors = jnp.where(keep, problem.policy.factors(norm[:, None], bound[None, None])[:, 0], 0.0)
         sums = {
             f"{site.leaf}": weighted_sum(site.factoring, payloads[site.key], factors, keep, kernels=site.kernels)
             for site in sites

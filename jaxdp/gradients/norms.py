@@ -66,14 +66,20 @@ def gradient_of(factoring: Factoring | None, payload: Payload) -> jax.Array:
     assert factoring is not None
     left, right = payload["left"], payload["right"]
     if factoring.has_ids:
-        rows = _rows_by_token(left, right)
+        rows = rows_by_token(left, right)
         zeros = jnp.zeros((right.shape[0], factoring.sizes[1], right.shape[-1]), rows.dtype)
         return jax.vmap(lambda zero, ids, row: zero.at[ids].add(row))(zeros, left.astype(jnp.int32), rows)[:, None]
     return _product("bhti,bhtj->bhij", left, right)
 
 
-def _rows_by_token(ids: jax.Array, right: jax.Array) -> jax.Array:
-    """The rows of an embedding's gradient, `[B, T, J]`: each at the first token of its id, zero at the others."""
+def rows_by_token(left: jax.Array, right: jax.Array) -> jax.Array:
+    """The rows of an embedding's gradient, `[B, T, J]`: each at the first token of its id, zero at the others.
+
+    Args:
+        left: Ids, `[B, T]` as floats.
+        right: `[B, 1, T, J]`.
+    """
+    ids = left
     same = ids[:, :, None] == ids[:, None, :]
     first = jnp.argmax(same, axis=2) == jnp.arange(ids.shape[1])[None, :]  # no earlier token has this id
     rows = _product("bts,bsj->btj", same.astype(right.dtype), right[:, 0])
@@ -166,6 +172,7 @@ def _gram_chain(payloads: Sequence[Payload]) -> int:
 # ---- norms
 
 
+@jax.named_scope("jaxdp_norm")
 def squared_norm(
     factorings: Sequence[Factoring | None], payloads: Sequence[Payload], route: NormRoute, kernels: Kernels = XLA
 ) -> jax.Array:
@@ -176,7 +183,8 @@ def squared_norm(
 
     Args:
         factorings: How each payload was read; None for a gradient.
-        payloads: Factors, or a gradient, of B examples.
+        payloads: Factors, or a gradient, of B examples; of an embedding alone its `rows_by_token`. `weighted_sum` must be given
+            the same buffers (S4e).
         route: By Gram matrices of tokens, or directly from the gradients.
         kernels: What takes the norm, and what will take the sum; XLA for more than one use.
     """
@@ -187,8 +195,7 @@ def squared_norm(
     total, tokens = add(scales), sum(payload["right"].shape[2] for payload in payloads)
     roundoff = max(_roundoff(*payload.values()) for payload in payloads)
     if len(pairs) == 1 and pairs[0][0].has_ids:
-        # `weighted_sum` adds these very rows.
-        return squared_norms(_rows_by_token(payloads[0]["left"], payloads[0]["right"]))
+        return squared_norms(payloads[0]["right"])  # `weighted_sum` adds these very rows
     # The sum rounds, and so does by itself the gradient that is formed for a norm.
     if kernels.sum == "xla":
         charge = (tokens + 2) * roundoff + max(_stored_roundoff(payload) for payload in payloads)
@@ -247,64 +254,25 @@ def _scale_and_underflow(payload: Payload) -> tuple[jax.Array, jax.Array]:
     return jnp.sqrt(left) * jnp.sqrt(right), lost
 
 
-# ---- a tied embedding and head
-
-
-def payload_of_tie(payload: Payload, ids: jax.Array) -> Payload:
-    """What the joint norm of a tied embedding and head needs of the head: nothing of the size of the logits.
-
-    With M = E + H, ||M||^2 = ||E||^2 + ||H||^2 + 2 <E, H>, and <E, H> touches only the columns of the head's left factor
-    that are ids of the embedding.
-
-    Args:
-        payload: Of the head, with the vocabulary on the left: left `[B, 1, S, V]`, right `[B, 1, S, D]`.
-        ids: Token ids of the embedding, `[B, T]` as floats.
-
-    Returns:
-        The square `[B]` of the head's norm with its rounding, its P and underflow, left at the ids `[B, S, T]`, right.
-    """
-    left, right = payload["left"], payload["right"]
-    picked = jax.vmap(lambda row, i: row[0][:, i])(left, ids.astype(jnp.int32))
-    scale, lost = _scale_and_underflow(payload)
-    rounding = _gram_chain([payload]) * _roundoff(left, right) * jnp.square(scale)
-    square = _square_by_grams([payload]) + rounding
-    return {"square": square, "scale": scale, "lost": lost, "picked": picked, "right": right}
-
-
-def squared_norm_of_tie(table: Payload, head: Payload) -> jax.Array:
-    """As `squared_norm`, of an embedding by its payload and its tied head by `payload_of_tie`."""
-    scale, lost = _scale_and_underflow(table)
-    grams = _gram(head["right"], table["right"])[:, 0]
-    cross = _sum_by_axes(head["picked"].astype(grams.dtype) * grams)
-    square = squared_norms(_rows_by_token(table["left"], table["right"])) + head["square"] + 2.0 * cross
-    total = scale + head["scale"]
-    roundoff = _roundoff(head["right"], table["right"])
-    tokens = table["right"].shape[2], head["right"].shape[2]
-    chain = _chain(head["right"].shape[3], max(tokens)) + 2 * max(tokens) + 3
-    norm = jnp.sqrt(jnp.maximum(square, 0.0) + chain * roundoff * jnp.square(total))
-    return jnp.square(norm + (sum(tokens) + 2) * roundoff * total + lost + head["lost"])
-
-
 # ---- sums
 
 
+@jax.named_scope("jaxdp_sum")
 def weighted_sum(
     factoring: Factoring | None,
     payload: Payload,
     factors: jax.Array,
     keep: jax.Array,
     *,
-    is_joint: bool = False,
     kernels: Kernels = XLA,
 ) -> jax.Array:
     """sum_b factors_b M_b over the examples to keep, `[H, I, J]` in float32 or wider.
 
     Args:
         factoring: How the payload was read; None if it is a gradient.
-        payload: Factors or gradients of B examples.
+        payload: What the norm was taken of, the same buffers.
         factors: `[B]`; or `[B, L]` for a stored gradient of L layers along its leading axis.
         keep: Bool, as `factors`; the others are zeroed before any product, since 0 * inf is NaN (S9).
-        is_joint: Whether the norm was taken of this use together with others, and so not of the rows of an embedding.
         kernels: What takes the sum, the same as for the norm.
     """
     if "gradient" in payload:
@@ -315,8 +283,7 @@ def weighted_sum(
     left, right = _zeroed(payload["left"], keep), _zeroed(payload["right"], keep)
     wide = accumulator(right.dtype)
     if factoring.has_ids:
-        rows = right[:, 0].astype(wide) if is_joint else _rows_by_token(left, right)
-        rows = rows * factors.astype(wide)[:, None, None]
+        rows = right[:, 0].astype(wide) * factors.astype(wide)[:, None, None]
         zeros = jnp.zeros((factoring.sizes[1], rows.shape[-1]), wide)
         return zeros.at[left.reshape(-1).astype(jnp.int32)].add(rows.reshape(-1, rows.shape[-1]))[None]
     # The product runs in the dtype of its operands; what storing the scaled one loses was charged to the norm (S4c).

@@ -22,30 +22,6 @@ from pallas_kernels import Implementation
 
 
 @dataclasses.dataclass(frozen=True)
-class Tie:
-    """An embedding whose table is also the weight of one product, the head: their joint norm needs no logits.
-
-    Attributes:
-        table: The site of the embedding.
-        head: The site of the product, with the vocabulary on the left.
-    """
-
-    table: Site
-    head: Site
-
-    @staticmethod
-    def of(sites: Sequence[Site]) -> Tie | None:
-        """The tie that two uses of one leaf make, if they do: in one scope, outside every loop, the embedding first."""
-        if len(sites) != 2:
-            return None
-        table, head = sorted(sites, key=lambda site: site.key)
-        if table.factoring is None or head.factoring is None or table.scope != head.scope:
-            return None
-        fits = table.factoring.has_ids and not head.factoring.has_ids and not (table.loops or head.loops)
-        return Tie(table, head) if fits and head.factoring.sizes[0] == 1 else None
-
-
-@dataclasses.dataclass(frozen=True)
 class LeafPlan:
     """How one leaf is handled.
 
@@ -59,7 +35,6 @@ class LeafPlan:
         sites: Where its gradient is reported; empty if it has none.
         norm_route: How the norm is taken from factors.
         cost: What it costs for the rows of one microbatch, beyond the non-private step.
-        tie: If it is an embedding tied to a head, the two sites.
     """
 
     index: int
@@ -72,8 +47,6 @@ class LeafPlan:
     norm_route: NormRoute
     cost: Cost
 
-    tie: Tie | None
-
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -82,13 +55,10 @@ class Plan:
     Attributes:
         traced: The function.
         leaves: One entry for each leaf.
-        is_narrow: Whether it computes with anything narrower than float32 anywhere: two compilations may then round
-            differently, also where a site itself sees float32.
     """
 
     traced: jaxprs.Traced
     leaves: tuple[LeafPlan, ...]
-    is_narrow: bool
 
     @property
     def rematerializes(self) -> bool:
@@ -144,7 +114,6 @@ def make_plan(
     """
     named = _validate.named_leaves(params)
     uses = find_uses(traced, [tuple(leaf.shape) for _, leaf in named])
-    is_narrow = jaxprs.has_narrow_floats(traced.body)
     leaves = []
     for index, ((path, leaf), found) in enumerate(zip(named, uses, strict=True)):
         sites: tuple[Site, ...] = ()
@@ -156,16 +125,16 @@ def make_plan(
         elif found.uses:
             route, spills = norm_route([(use.factoring, use.loops) for use in found.uses], rows)
             spills = spills and found.kind not in ("joint", "embedding")
-            sites = tuple(site_of_use(use, index, spills=spills) for use in found.uses)
-            if found.kind != "joint":
+            is_alone = found.kind != "joint"
+            sites = tuple(site_of_use(use, index, spills=spills, is_alone=is_alone) for use in found.uses)
+            if is_alone:
                 sites = tuple(_with_kernels(site, route, rows, implementation) for site in sites)
         if isinstance(group, tuple) and not all(site.scans_layers or site.layer is not None for site in sites):
             kind, reason = "copy", f"its layers are not used one by one: {reason}"
             sites = (site_of_leaf(index, traced.body.invars[index]),)
         cost = cost_of(sites, route, rows)
-        tie = Tie.of(sites) if kind == "joint" and route == "gram" and not is_narrow else None
-        leaves.append(LeafPlan(index, path, tuple(leaf.shape), group, kind, reason, sites, route, cost, tie))
-    return Plan(traced, tuple(leaves), is_narrow)
+        leaves.append(LeafPlan(index, path, tuple(leaf.shape), group, kind, reason, sites, route, cost))
+    return Plan(traced, tuple(leaves))
 
 
 def _with_kernels(site: Site, route: NormRoute, rows: int, implementation: Implementation | None) -> Site:

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxdp._materialize import materialize_one
 from jaxdp.gradients import jaxprs
-from jaxdp.gradients.sites import Key, Report, Site, Slot, Task, one_by_one, run_site, slots_below
+from jaxdp.gradients.sites import Key, Site, Slot, Task, one_by_one, run_site, slots_below
 from jaxdp.gradients.uses import Loop, Path, carries_no_gradient
 from jaxdp.gradients.views import view_ops
 
@@ -38,7 +39,7 @@ class Assignment:
         tasks: What is reported, by the key of the slot that it is reported to.
         groups: The key of the slot of each site: its own, or that of the sites that finish together.
         members: The sites that report to a slot, by its key.
-        ties: The embedding site whose ids a head's report reads, by the key of the head.
+        apart: Identities of the equations that `jax.vmap` may not have as they stand (`jaxprs.Couplings`).
     """
 
     uses: Mapping[Path, Site | None]
@@ -46,7 +47,7 @@ class Assignment:
     tasks: Mapping[Key, Task]
     groups: Mapping[Key, Key]
     members: Mapping[Key, Sequence[Site]]
-    ties: Mapping[Key, Site]
+    apart: frozenset[int] = frozenset()
 
 
 @dataclasses.dataclass
@@ -64,7 +65,13 @@ class _Scope:
         self.assignment, self.slots = assignment, slots
         self.tokens: dict[Key, Any] = {}
         self.awaited: dict[Key, dict[Key, Site]] = {}
-        self.ids: dict[Key, jax.Array] = {}
+        self._materialized: dict[int, tuple[Any, jax.Array]] = {}
+
+    def materialized(self, x: Any) -> Any:
+        """An operand of a site behind a wall (S4e), the same one for all sites that read it."""
+        if id(x) not in self._materialized:
+            self._materialized[id(x)] = (x, materialize_one(x))  # x is kept, so that no other has its id
+        return self._materialized[id(x)][1]
 
     def run(self, site: Site, x: Any, w: jax.Array) -> jax.Array:
         group = self.assignment.groups[site.key]
@@ -72,11 +79,6 @@ class _Scope:
         waiting = self.awaited.setdefault(group, {member.key: member for member in self.assignment.members[group]})
         del waiting[site.key]
         slot = self.slots[group] if is_first else None
-        if site.factoring is not None and site.factoring.has_ids:
-            self.ids[site.key] = x
-        if slot is not None and site.key in self.assignment.ties:
-            table = self.assignment.ties[site.key]
-            slot = Slot(slot.report, Report(table.ids_of(self.ids[table.key]), None))
         out, token = run_site(
             site,
             x,
@@ -104,8 +106,17 @@ def evaluate(
     """
     arguments = [*(ParamRef(jnp.asarray(leaf)) for leaf in params), *jax.tree.leaves(example)]
     batched = [True] * len(arguments)  # as in `find_uses`
+    assignment = dataclasses.replace(assignment, apart=traced.couplings.apart)
     outputs = _run(traced.body, arguments, batched, (), _Scope(assignment, slots))
     return _plain(outputs)
+
+
+def evaluate_alone(traced: jaxprs.Traced, params: Any, example: Any) -> Any:
+    """The output of the function for one example that is not mapped, without sites; `jax.grad` passes through `custom_vmap`."""
+    assignment = Assignment({}, {}, {}, {}, {}, traced.couplings.apart)
+    arguments = [*jax.tree.leaves(params), *jax.tree.leaves(example)]
+    outputs = _run(traced.body, arguments, [False] * len(arguments), (), _Scope(assignment, {}))
+    return jax.tree.unflatten(traced.out_tree, outputs)
 
 
 def _run(body: jaxprs.Body, arguments: Sequence[Any], batched: Sequence[bool], path: Path, scope: _Scope) -> list[Any]:
@@ -131,6 +142,9 @@ def _run(body: jaxprs.Body, arguments: Sequence[Any], batched: Sequence[bool], p
     for var, value in zip(body.invars, arguments, strict=True):
         write(var, value)
     for index, eqn in enumerate(body.equations):
+        site = scope.assignment.uses.get((*path, index))
+        if site is not None and not jaxprs.is_literal(x := eqn.invars[site.other]):
+            env[x] = scope.materialized(read(x))
         operands = [read(atom) for atom in eqn.invars]
         batched = [not jaxprs.is_literal(atom) and is_batched.get(atom, False) for atom in eqn.invars]
         for var, value in zip(eqn.outvars, _equation(eqn, operands, batched, (*path, index), scope), strict=True):
@@ -144,8 +158,9 @@ def _plain(values: Sequence[Any]) -> list[Any]:
 
 def _equation(eqn: jaxprs.Equation, operands: list[Any], batched: list[bool], path: Path, scope: _Scope) -> list[Any]:
     refs = [isinstance(operand, ParamRef) for operand in operands]
-    if not any(refs) or carries_no_gradient(eqn):
-        return _opaque(eqn, _plain(operands), batched)
+    is_apart = id(eqn) in scope.assignment.apart
+    if not (any(refs) or is_apart) or carries_no_gradient(eqn):
+        return _opaque(eqn, _plain(operands), batched, is_apart=is_apart)
     body = jaxprs.inlined(eqn)
     if body is not None:
         return _run(body, operands, batched, path, scope)
@@ -165,15 +180,18 @@ def _equation(eqn: jaxprs.Equation, operands: list[Any], batched: list[bool], pa
         return [scope.run(site, operands[site.other], operands[site.operand].value)]
     if sum(refs) == 1 and refs[0] and view_ops(eqn) is not None:
         return [ParamRef(value) for value in jaxprs.evaluate_equation(eqn, _plain(operands))]
+    if not any(refs):
+        return _opaque(eqn, operands, batched, is_apart=True)
     raise AssertionError(f"a parameter reached `{eqn.primitive.name}` without a route; please report this function.")
 
 
-def _opaque(eqn: jaxprs.Equation, operands: list[Any], batched: list[bool]) -> list[Any]:
+def _opaque(eqn: jaxprs.Equation, operands: list[Any], batched: list[bool], *, is_apart: bool) -> list[Any]:
     def run(*operands: Any) -> list[Any]:
         return jaxprs.evaluate_equation(eqn, operands)
 
     # With a kernel for each example XLA may put zeros between the examples and multiply: a NaN would spread (S3, S9).
-    return one_by_one(run)(*operands) if jaxprs.convolves_with(eqn, batched) else run(*operands)
+    is_apart = is_apart or jaxprs.convolves_with(eqn, batched)
+    return one_by_one(run)(*operands) if is_apart and any(batched) else run(*operands)
 
 
 def _rematerialized(

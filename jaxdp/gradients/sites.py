@@ -21,11 +21,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from jaxdp.clipping import round_first
+from jaxdp._materialize import materialize
 from jaxdp.gradients import jaxprs
 from jaxdp.gradients.factors import Factoring, Payload
 from jaxdp.gradients.kernels import XLA, Kernels
-from jaxdp.gradients.norms import gradient_of
+from jaxdp.gradients.norms import gradient_of, rows_by_token
 from jaxdp.gradients.uses import CopyPoint, Loop, Path, Use
 from jaxdp.gradients.views import View
 
@@ -87,6 +87,7 @@ class Site:
         view: The view that its gradient is of.
         factoring: How the gradient factors; None for a copy.
         spills: Whether its per-example gradient is formed rather than its factors kept.
+        is_alone: Whether its norm is its own; False for a use that has a joint norm with others.
         payload: Shapes of what it passes on, of one example.
         equation: The equation; None for a copy.
         operand: Which operand of it the parameter is.
@@ -110,6 +111,7 @@ class Site:
     copied_var: Any = None
     is_rematerialized: bool = False
     kernels: Kernels = XLA
+    is_alone: bool = True
 
     @property
     def layer(self) -> int | None:
@@ -132,13 +134,7 @@ class Site:
         """Shape of its sum over the examples."""
         return self.factoring.sizes if self.factoring is not None else self.view.shape
 
-    def ids_of(self, x: jax.Array) -> jax.Array:
-        """The token ids of one example, `[T]` as floats, from the operand of an embedding."""
-        assert self.factoring is not None
-        assert self.equation is not None
-        out = self.equation.outvars[0].aval
-        return self.factoring.factor(x[None], jnp.zeros((1, *out.shape), out.dtype))["left"][0]
-
+    @jax.named_scope("jaxdp_sum")
     def to_leaf(self, total: jax.Array) -> jax.Array:
         """A sum `[*stacked, *total_shape]` in the shape of the leaf."""
         if self.factoring is not None:
@@ -149,13 +145,13 @@ class Site:
         return self.view.put_back(total)
 
 
-def site_of_use(use: Use, leaf: int, *, spills: bool) -> Site:
+def site_of_use(use: Use, leaf: int, *, spills: bool, is_alone: bool) -> Site:
     eqn = use.equation
     x, out = eqn.invars[use.other].aval, eqn.outvars[0].aval
     batched = [jax.ShapeDtypeStruct((1, *aval.shape), aval.dtype) for aval in (x, out)]
 
     def payload(x: jax.Array, g: jax.Array) -> Payload:
-        return _payload(use.factoring, spills, x, g)
+        return _payload(use.factoring, spills, is_alone, x, g)
 
     shapes = _without_batch(jax.eval_shape(payload, *batched))
     return Site(
@@ -171,6 +167,7 @@ def site_of_use(use: Use, leaf: int, *, spills: bool) -> Site:
         use.operand,
         use.other,
         is_rematerialized=use.place.is_rematerialized,
+        is_alone=is_alone,
     )
 
 
@@ -191,11 +188,16 @@ def _without_batch(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), tree)
 
 
-def _payload(factoring: Factoring | None, spills: bool, x: Any, g: jax.Array) -> Payload:
+def _payload(factoring: Factoring | None, spills: bool, is_alone: bool, x: Any, g: jax.Array) -> Payload:
+    """What norm and sum are both taken of: x and g moved about, or materialized where it is computed from them (S4e)."""
     if factoring is None:
         return {"gradient": g}
     payload = factoring.factor(x, g)
-    return {"gradient": gradient_of(factoring, payload)} if spills else payload
+    if spills:
+        return {"gradient": materialize(gradient_of(factoring, payload))}
+    if factoring.has_ids and is_alone:
+        return {"left": payload["left"], "right": materialize(rows_by_token(**payload)[:, None])}
+    return {"left": materialize(payload["left"]), "right": payload["right"]} if factoring.kind == "conv" else payload
 
 
 class Task(Protocol):
@@ -222,7 +224,7 @@ def run_site(
 
     Args:
         site: The site.
-        x: The other operand of its equation; None for a copy.
+        x: The other operand of its equation, materialized; None for a copy.
         w: The parameter, or a view of it.
         task: What to report; None if an earlier site of the scope reports for this one.
         slot: The slot of the task.
@@ -291,11 +293,10 @@ def _batched_site(
 
     def bwd(residuals: Any, cotangents: Any) -> Any:
         (x, w, given), (g, later) = residuals, cotangents
-        dx = None
+        g, dx = materialize(g), None  # S4e; x was materialized where it came from
         if x is not None and jnp.issubdtype(x.dtype, jnp.inexact):
             (dx,) = jax.vjp(lambda rows: forward(rows, w), x)[1](g)
-        x, g = (None, *round_first(g)) if x is None else round_first(x, g)
-        payloads = {site.key: _payload(site.factoring, site.spills, x, g), **(later or {})}
+        payloads = {site.key: _payload(site.factoring, site.spills, site.is_alone, x, g), **(later or {})}
         if task is None:
             return dx, None, None, payloads
         return dx, None, Slot(task(payloads, given), NOTHING), None

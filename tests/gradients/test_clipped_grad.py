@@ -214,17 +214,6 @@ def test_a_non_finite_loss_with_a_finite_gradient_contributes_zero(method):
     assert not_private.contributed.tolist() == [False, True]
 
 
-def test_low_precision_gradients_are_rounded_before_norm_and_sum():
-    """S4(a): a barrier keeps XLA from reading an unrounded copy into one of the two. Nothing on CPU would show it."""
-
-    def barriers(dtype):
-        grad_fn = jaxdp.clipped_grad(lambda w, x: jnp.sum(w * x), clipping=jaxdp.flat(1.0))
-        return str(jax.make_jaxpr(grad_fn)(jnp.zeros(3, dtype), jnp.zeros((2, 3), dtype))).count("optimization_barrier")
-
-    assert barriers(jnp.bfloat16) == 1
-    assert barriers(jnp.float32) == 0
-
-
 @pytest.mark.unoptimized(False)  # rounding
 def test_gradients_too_small_to_square_stay_bounded(method):
     """Squares below 1e-38 flush to zero; AUTO-S must not turn that into C / gamma without bound."""

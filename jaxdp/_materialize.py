@@ -1,0 +1,84 @@
+"""One value, many readers: what a norm is taken of, a sum must read from the same buffer (S4e).
+
+XLA may compute the producer of a value once inside each kernel that reads it, and LLVM contracts a product and a sum to one
+rounding in some kernels and not in others. Two readers then see two values of one variable: for a record whose gradient
+cancels, 0 and rounding noise times the scale of its loss. `materialize` returns the same bits behind a wall that no fusion
+crosses, so that all readers behind it load what one computation stored.
+
+The wall, by platform:
+
+- CPU: a `while` loop over the value. Fusion does not enter loops, and XLA neither duplicates nor recomputes one. How often
+  it runs is not known to the compiler: never, or twice where the first number is NaN; it negates, which twice is the identity
+  on every bit pattern. An optimization barrier is removed before fusion there; a conditional may become a `select`.
+- Elsewhere: an optimization barrier, which XLA's GPU and TPU compilers remove only after fusion. A loop would make the
+  host wait for its condition.
+
+That both hold for the compiler at hand is not taken on trust: `tests/compiled_program.py` reads compiled programs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+
+Tree = TypeVar("Tree")
+
+
+def materialize(tree: Tree) -> Tree:
+    """The same bits, in buffers that no consumer can recompute.
+
+    **Guarantee**: all that reads the result reads the same floating-point numbers, NaN included, whatever the compiler fuses,
+    contracts or carries at excess precision. Derivatives pass through.
+
+    Args:
+        tree: Pytree of arrays. What is not floating-point, or has no entries, is returned as it is.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    chosen = [k for k, leaf in enumerate(leaves) if leaf.size and jnp.issubdtype(leaf.dtype, jnp.floating)]
+    with jax.named_scope("jaxdp_wall"):
+        for k, leaf in zip(chosen, _materialize_all([leaves[k] for k in chosen]) if chosen else [], strict=True):
+            leaves[k] = leaf
+    return treedef.unflatten(leaves)
+
+
+def materialize_one(x: jax.Array) -> jax.Array:
+    """`materialize` of what `jax.vmap` maps: one wall around the values of all examples."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+
+    @custom_vmap
+    def of_one(x: jax.Array) -> jax.Array:
+        return materialize(x)
+
+    @of_one.def_vmap
+    def of_all(size: int, in_batched: Any, x: jax.Array) -> Any:
+        del size
+        return materialize(x), in_batched[0]
+
+    return of_one(x)
+
+
+@jax.custom_jvp
+def _materialize_all(arrays: list[jax.Array]) -> list[jax.Array]:
+    return lax.platform_dependent(
+        arrays, cpu=_behind_a_loop, default=lambda arrays: list(lax.optimization_barrier(arrays))
+    )
+
+
+@_materialize_all.defjvp
+def _jvp(primals: Any, tangents: Any) -> Any:
+    return _materialize_all(*primals), tangents[0]
+
+
+def _behind_a_loop(arrays: list[jax.Array]) -> list[jax.Array]:
+    rounds = jnp.where(jnp.isnan(arrays[0].ravel()[0]), 2, 0).astype(jnp.int32)
+
+    def negated(carry: tuple[jax.Array, list[jax.Array]]) -> tuple[jax.Array, list[jax.Array]]:
+        done, arrays = carry
+        return done + 1, [-array for array in arrays]
+
+    return lax.while_loop(lambda carry: carry[0] < rounds, negated, (jnp.int32(0), arrays))[1]
