@@ -20,7 +20,7 @@ import tyro
 
 import jaxdp
 from jaxdp import NeighboringRelation, _validate
-from jaxdp.accounting import AccountantName, NoiseName, format_epsilon
+from jaxdp.accounting import AccountantName, NoiseName, format_epsilon, judge
 from jaxdp.cli import options
 from jaxdp.mechanism import check_delta
 
@@ -111,7 +111,7 @@ def run(config: Account) -> None:
             if config.noise == "laplace":  # padding follows the noise: that of the loudest question
                 loudest = min(row.noise_multiplier["pld"] or 0.0 for row in rows)
                 bases["pld"] = _plan(config, "pld", noise_multiplier=loudest)
-        messages = list(dict.fromkeys(str(warning.message) for warning in caught))
+        messages = list(dict.fromkeys([*(str(warning.message) for warning in caught), *_weak_points(config, rows)]))
         for message in messages:
             print(f"warning: {message}", file=sys.stderr)
         if config.json:
@@ -184,6 +184,12 @@ def _unsupported(config: Account, accountant: AccountantName) -> str | None:
     if accountant == "rdp" and options.relation(config.neighboring_relation) is NeighboringRelation.REPLACE_ONE:  # S11
         return "unsupported with Poisson sampling under REPLACE_ONE"
     return None
+
+
+def _weak_points(config: Account, rows: Sequence[Row]) -> list[str]:
+    """What is weak about the answers: about the largest finite epsilon of them, and about delta."""
+    found = [value for row in rows for value in row.epsilon.values() if value is not None and math.isfinite(value)]
+    return [*judge(max(found, default=0.0), config.delta, config.num_examples)]
 
 
 _UNREACHABLE = "unreachable: "
@@ -273,7 +279,7 @@ def _print_table(config: Account, bases: dict[AccountantName, jaxdp.PrivacyPlan]
             cells = [_cell(row, name, row.epsilon[name], format_epsilon) for name in ACCOUNTANTS]
             table.add_row(f"{row.noise_multiplier['pld']:.12g}", *cells)
     padding = " and ".join(f"{plan.padded_batch_size} rows ({name.upper()})" for name, plan in bases.items())
-    truncated = any(plan.padded_batch_size < config.num_examples for plan in bases.values())
+    truncated = any(plan.release(1).truncates for plan in bases.values())
     lines = [
         f"{config.num_examples} examples, each in a batch with probability {config.sampling_prob:.6g} (expected batch size "
         f"{config.expected_batch_size:.6g}), {config.num_steps} steps ({config.epochs:.4g} epochs)",

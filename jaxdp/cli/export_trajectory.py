@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from dp_accounting import NeighboringRelation
 
 from jaxdp import accounting
 from jaxdp._files import write_whole
-from jaxdp.accounting import SampledRelease, accountant_in_words, format_epsilon
-from jaxdp.cli import run_trajectory
+from jaxdp.accounting import SampledRelease
+from jaxdp.cli import cost, run_trajectory
 from jaxdp.cli.options import hint
 from jaxdp.zeroth_order import Trajectory, read_trajectory
 
@@ -99,7 +99,8 @@ def statement(trajectory: Trajectory) -> str:
         neighboring_relation=NeighboringRelation[privacy["neighboring_relation"]],
         accountant=privacy["accountant"],
     )
-    return (
-        f"epsilon {format_epsilon(epsilon)} at delta {privacy['target_delta']:.3g} ({privacy['neighboring_relation']}, "
-        f"{accountant_in_words(privacy['accountant'], privacy['target_delta'])}), for the trajectory and every model made from it"
-    )
+    numbers: Any = {"relation": privacy["neighboring_relation"], "accountant": privacy["accountant"]}
+    unit = trajectory.header.about.get("unit")
+    spent = cost.cost_in_words(epsilon, privacy["target_delta"], **numbers, unit=unit)
+    weak = accounting.judge(epsilon, privacy["target_delta"], privacy["num_examples"], unit=unit or "record")
+    return "\nweak guarantee: ".join([f"epsilon {spent}, for the trajectory and every model made from it", *weak])

@@ -41,8 +41,8 @@ class Finetune:
       jaxdp finetune --model models/opt-13b --data notes.jsonl --method dp-aggzo --target-epsilon 6 --tune lora --stream
       jaxdp finetune --model models/opt-13b --data notes.jsonl --method mezo --no-privacy --stream --max-device-memory 8GB
 
-    The output folder gets model/ (or adapter/), README.md, report.json and curve.png; with a zeroth-order method also
-    trajectory.jaxdpzo, for `jaxdp export-trajectory`.
+    In the output folder, model/ (or adapter/) is what may be published, with its card, README.md. Beside it are report.json and
+    curve.png, which are private; with a zeroth-order method also trajectory.jaxdpzo, for `jaxdp export-trajectory`.
     """
 
     model: tyro.conf.OmitArgPrefixes[ModelOptions]
@@ -64,7 +64,7 @@ class Finetune:
 
 
 def run(config: Finetune) -> None:
-    """Trains, evaluates and writes `model/` or `adapter/`, `README.md`, `report.json`, `curve.png` and checkpoints.
+    """Trains, evaluates and writes `model/` or `adapter/` with `README.md`, and the private `report.json` and `curve.png`.
 
     Raises:
         ValueError, TypeError, OSError, CheckpointError: bad input, before any step and with nothing overwritten.
@@ -114,6 +114,7 @@ def run(config: Finetune) -> None:
         losses=outcome.progress.losses,
         plan=the_plan,
         merged=config.merge,
+        unit=tuning_job.unit_noun(config.data),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, Literal, Protocol, TypeAlias
 
 import tyro
@@ -57,19 +58,22 @@ def make_plan(
     Raises:
         ValueError: the options contradict each other, a number is out of range, or the goal cannot be reached.
     """
-    return plan(
-        num_examples=num_examples,
-        num_steps=num_steps,
-        expected_batch_size=expected_batch_size,
-        sampling_prob=options.sampling_prob,
-        clipping=_clipping(options, l2_clip_norm, stacked),
-        target_delta=target_delta,
-        neighboring_relation=relation(options.neighboring_relation),
-        padded_batch_size=options.padded_batch_size,
-        accountant=options.accountant,
-        noise=noise,
-        **privacy_goal(options),
-    )
+    with warnings.catch_warnings():
+        # What is weak about a plan is said by `cost`, in terms of the run's unit.
+        warnings.filterwarnings("ignore", "delta=.* exceeds 1/num_examples", UserWarning)
+        return plan(
+            num_examples=num_examples,
+            num_steps=num_steps,
+            expected_batch_size=expected_batch_size,
+            sampling_prob=options.sampling_prob,
+            clipping=_clipping(options, l2_clip_norm, stacked),
+            target_delta=target_delta,
+            neighboring_relation=relation(options.neighboring_relation),
+            padded_batch_size=options.padded_batch_size,
+            accountant=options.accountant,
+            noise=noise,
+            **privacy_goal(options),
+        )
 
 
 def privacy_goal(options: PlanOptions) -> dict[str, float | None]:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxdp.accounting import composed_by, format_epsilon
-from jaxdp.cli import meters
+from jaxdp.accounting import format_epsilon
+from jaxdp.cli import cost, meters
 from jaxdp.mechanism import PrivacyPlan
 
 
@@ -29,6 +29,7 @@ class PlanCheck:
         num_frozen: The others.
         host_bytes: What the host's memory will reach, beside the compiler's own; None where it was not predicted.
         placement: In words, where its blocks wait.
+        unit: What the plan's examples are, a noun; None for records.
     """
 
     plan: PrivacyPlan
@@ -39,22 +40,29 @@ class PlanCheck:
     num_frozen: int
     host_bytes: int | None = None
     placement: str | None = None
+    unit: str | None = None
 
     def __str__(self) -> str:
         plan, total = self.plan, self.num_trainable + self.num_frozen
         epsilon = plan.epsilon() if plan.noise_multiplier > 0 else math.inf
-        cost = "none: this run is not private" if math.isinf(epsilon) else f"{format_epsilon(epsilon)}"
+        spent = "none: this run is not private" if math.isinf(epsilon) else f"{format_epsilon(epsilon)}"
         if plan.target_delta is not None and not math.isinf(epsilon):
-            composed = composed_by(plan.accountant, plan.target_delta)
-            cost += f" at delta {plan.target_delta:.3g} ({plan.neighboring_relation.name}, {composed})"
+            numbers: Any = {
+                "relation": plan.neighboring_relation.name,
+                "accountant": plan.accountant,
+                "unit": self.unit,
+            }
+            spent = cost.cost_in_words(epsilon, plan.target_delta, **numbers)
+        units = "" if self.unit is None else f" {self.unit}s"
         kind = "" if plan.noise == "gaussian" else f" ({plan.noise.capitalize()} scale over clip norm)"
         room = "" if self.available_bytes is None else f" of {gibibytes(self.available_bytes)} available ({self.meter})"
         return "\n".join(
             [
                 "plan check",
-                f"  epsilon     {cost}; noise multiplier {plan.noise_multiplier:.5g}{kind}",
-                f"  steps       {plan.num_steps}, expected batch size {plan.expected_batch_size:.6g} of {plan.num_examples}, "
-                f"padded to {plan.padded_batch_size}",
+                f"  epsilon     {spent}; noise multiplier {plan.noise_multiplier:.5g}{kind}",
+                *(f"  weak        {sentence}" for sentence in cost.weak_points(epsilon, plan, unit=self.unit)),
+                f"  steps       {plan.num_steps}, expected batch size {plan.expected_batch_size:.6g} of {plan.num_examples}"
+                f"{units}, padded to {plan.padded_batch_size}",
                 f"  parameters  {self.num_trainable:,} trainable of {total:,} ({self.num_trainable / total:.2%})",
                 f"  memory      {gibibytes(self.step_bytes)}{room}",
                 *([] if self.host_bytes is None else [f"  host        {gibibytes(self.host_bytes)} at the peak"]),
@@ -72,7 +80,14 @@ class PlanCheck:
 
 
 def plan_check(
-    step: Any, tx: optax.GradientTransformation, plan: PrivacyPlan, trainable: Any, frozen: Any, data: Any
+    step: Any,
+    tx: optax.GradientTransformation,
+    plan: PrivacyPlan,
+    trainable: Any,
+    frozen: Any,
+    data: Any,
+    *,
+    unit: str | None = None,
 ) -> PlanCheck:
     """Compiles the step of `make_dp_step` and reads off what it needs; nothing is computed or put on the device.
 
@@ -83,6 +98,7 @@ def plan_check(
         trainable: The trainable parameters, arrays or shapes.
         frozen: The frozen ones.
         data: The training set, arrays `[n, ...]`.
+        unit: What one row of it is, a noun; None for a record.
     """
 
     def shape(leaf: Any, *leading: int) -> jax.ShapeDtypeStruct:
@@ -110,6 +126,7 @@ def plan_check(
         None if available is None else available[1],
         num_parameters(trainable),
         num_parameters(frozen),
+        unit=unit,
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxdp import _validate
-from jaxdp._files import write_whole
+from jaxdp._files import PRIVATE, write_whole
 
 _CONFIG = "config.json"
 
@@ -96,6 +96,12 @@ def check_config(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, mode: int = 0o666) -> None:
     """Writes JSON so that the file is whole or absent, whatever happens."""
-    write_whole(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+    write_whole(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode(), mode=mode)
+
+
+def write_report(folder: Path, report: dict[str, Any], curve: bytes) -> None:
+    """Writes `curve.png` and last `report.json`, readable by their owner only: both hold losses of the training set (S15)."""
+    write_whole(folder / "curve.png", curve, mode=PRIVATE)
+    write_json(folder / "report.json", report, mode=PRIVATE)

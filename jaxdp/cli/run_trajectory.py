@@ -54,7 +54,8 @@ def about(
         "base_sha256": settings["base_sha256"],
         "model": {name: settings[name] for name in _REBUILDING} | {"has_adapter": has_adapter, "keep_float32": merge},
         "privacy_unit": tuning_job.privacy_unit(data),
-        "statement": plan.describe(),
+        "unit": tuning_job.unit_noun(data),
+        "statement": plan.describe(unit=tuning_job.unit_noun(data)),
     }
 
 

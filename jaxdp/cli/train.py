@@ -18,9 +18,8 @@ import tyro
 
 from jaxdp import _validate
 from jaxdp._files import write_whole
-from jaxdp.accounting import format_epsilon
 from jaxdp.checkpointing import Checkpointer
-from jaxdp.cli import meters, options, run_folder, training_loop
+from jaxdp.cli import cost, meters, options, run_folder, training_loop
 from jaxdp.cli.curve import EpsilonCurve, curve_png
 from jaxdp.datasets import ImageDataset, load_digits, load_mnist
 from jaxdp.mechanism import PrivacyPlan
@@ -123,7 +122,7 @@ class Train:
 
 
 def run(config: Train) -> None:
-    """Trains, evaluates and writes `report.json`, `curve.png`, `model.npz` and checkpoints to the run's folder.
+    """Trains, evaluates and writes `model.npz` to the run's folder, and the private `report.json`, `curve.png` and checkpoints.
 
     Raises:
         ValueError, TypeError, OSError, CheckpointError: bad input, before any step and with nothing overwritten.
@@ -142,24 +141,28 @@ def run(config: Train) -> None:
         folder = run_folder.new_run_folder(config.out, config.dataset)
         run_folder.write_config(folder, settings)
     print(f"{len(dataset.train_labels)} training examples of {dataset.name}; writing to {folder}", flush=True)
+    if not config.no_privacy:  # before the run, which may be long
+        cost.say_weak_points(cost.weak_points(the_plan.epsilon(), the_plan, unit=None))
     with Checkpointer(folder / "checkpoints", the_plan) as checkpointer:
         state, progress = _train(config, dataset, the_plan, checkpointer, folder)
     accuracy = _test_accuracy(_model(config)[1], state.params, dataset)
     report = _report(config, the_plan, state, dataset, accuracy, progress)
     curve = EpsilonCurve(the_plan)
     title = f"{dataset.name}: test accuracy {accuracy:.3f}"
-    write_whole(folder / "curve.png", curve_png(progress.losses, curve, title=title, private=not config.no_privacy))
     write_whole(folder / "model.npz", _npz(state.params))
-    run_folder.write_json(folder / "report.json", report)
+    figure = curve_png(progress.losses, curve, title=title, private=not config.no_privacy)
+    run_folder.write_report(folder, report, figure)
     print(f"test_accuracy {accuracy:.4f}")
-    if config.no_privacy:
+    if report["epsilon"] is None:
         print("epsilon infinite: this run is not private")
     else:
-        print(
-            f"epsilon {format_epsilon(report['epsilon'])} at delta {report['delta']:g} "
-            f"({report['neighboring_relation']}, {report['accountant'].upper()} accountant)"
-        )
-    print(f"report: {folder / 'report.json'}   curve: {folder / 'curve.png'}   released model: {folder / 'model.npz'}")
+        numbers = {"relation": report["neighboring_relation"], "accountant": report["accountant"]}
+        print(f"epsilon {cost.cost_in_words(report['epsilon'], report['delta'], **numbers, unit=None)}")
+    cost.say_weak_points(report["weak_points"])
+    print(
+        f"released model: {folder / 'model.npz'}   private, with losses of the training set: {folder / 'report.json'}, "
+        f"{folder / 'curve.png'}"
+    )
 
 
 def _train(
@@ -278,6 +281,7 @@ def _report(
         "num_examples": the_plan.num_examples,
         "expected_batch_size": the_plan.expected_batch_size,
         "statement": the_plan.describe(),
+        "weak_points": cost.weak_points(spent, the_plan, unit=None),
         "dataset": dataset.name,
         "settings": resolved(config),
         "num_parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),

@@ -280,6 +280,11 @@ def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
+def unit_noun(options: DataOptions) -> str | None:
+    """What a statement calls one unit of the guarantee; None where it is one record."""
+    return None if options.unit_field is None else "privacy unit"
+
+
 def privacy_unit(options: DataOptions) -> str:
     """What one unit of the guarantee is, in words."""
     if options.unit_field is not None:

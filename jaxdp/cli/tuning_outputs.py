@@ -11,8 +11,7 @@ from typing import Any
 import jax
 
 from jaxdp._files import write_whole
-from jaxdp.accounting import accountant_in_words, format_epsilon
-from jaxdp.cli import meters, run_folder
+from jaxdp.cli import cost, meters, run_folder
 from jaxdp.cli.curve import EpsilonCurve, curve_png
 from jaxdp.cli.model_card import model_card
 from jaxdp.cli.outcome import Outcome
@@ -40,7 +39,10 @@ def report(
     settings: dict[str, Any],
     check: PlanCheck,
 ) -> dict[str, Any]:
-    """The contents of `report.json`. All that may not be published stands under `not_private`."""
+    """The contents of `report.json`. All that may not be published stands under `not_private`.
+
+    `num_examples` is the plan's name for the number of privacy units, which the report also has under their own.
+    """
     ledger, progress = outcome.ledger, outcome.progress
     spent, (peak_host_bytes, meter) = plan.epsilon_so_far(ledger), meters.peak_host_memory()
     peak_device_bytes, device_meter = meters.peak_device_memory() or (None, None)
@@ -64,14 +66,16 @@ def report(
         "sampler": "truncated Poisson",
         "noise": plan.noise,
         "noise_multiplier": plan.noise_multiplier,
-        "clipping": str(plan.clipping),
+        "clipping": plan.clipping_in_words(check.unit),
         "sampling_prob": plan.sampling_prob,
         "padded_batch_size": plan.padded_batch_size,
         "num_steps": ledger.num_steps,
         "num_examples": plan.num_examples,
+        "num_privacy_units": plan.num_examples,
         "expected_batch_size": plan.expected_batch_size,
         "privacy_unit": privacy_unit,
-        "statement": plan.describe(),
+        "statement": plan.describe(unit=check.unit),
+        "weak_points": cost.weak_points(spent, plan, unit=check.unit),
         "base_model": base_model(tuning.base),
         "tuning": in_words(tuning, settings),
         "num_parameters": check.num_trainable + check.num_frozen,
@@ -125,24 +129,29 @@ def write(
     losses: list[float],
     plan: PrivacyPlan,
     merged: bool,
+    unit: str | None,
 ) -> None:
-    """Writes the model or adapter, the card, the curve and last the report, each of them whole or not at all."""
+    """Writes the model or adapter with its card, the curve and last the report, each of them whole or not at all.
+
+    What may be published is in `model/` and `adapter/`, and nothing else is. The folder around them has no card, so that it does
+    not pass for one to publish: the report, the curve and the checkpoints or secrets in it are private.
+    """
     card = model_card(contents).encode()
     written = write_weights(folder, released, base_model=contents["base_model"], merged=merged)
-    for name in written:  # the card travels with what is published
+    for name in written:
         write_whole(folder / name / "README.md", card)
-    write_whole(folder / "README.md", card)
     curve = curve_png(losses, EpsilonCurve(plan), title=contents["base_model"], private=contents["private"])
-    write_whole(folder / "curve.png", curve)
-    run_folder.write_json(folder / "report.json", contents)
+    run_folder.write_report(folder, contents, curve)
     if contents["epsilon"] is None:
         print("epsilon infinite: this run is not private")
     else:
-        print(
-            f"epsilon {format_epsilon(contents['epsilon'])} at delta {contents['delta']:.3g} "
-            f"({contents['neighboring_relation']}, {accountant_in_words(contents['accountant'], contents['delta'])})"
-        )
-    print(f"report: {folder / 'report.json'}   released: {', '.join(str(folder / name) for name in written)}")
+        numbers = {"relation": contents["neighboring_relation"], "accountant": contents["accountant"]}
+        print(f"epsilon {cost.cost_in_words(contents['epsilon'], contents['delta'], **numbers, unit=unit)}")
+    cost.say_weak_points(contents["weak_points"])
+    print(
+        f"released: {', '.join(str(folder / name) for name in written)}   private, with losses of the training set: "
+        f"{folder / 'report.json'}, {folder / 'curve.png'}"
+    )
 
 
 def write_weights(folder: Path, released: Pretrained, *, base_model: str, merged: bool) -> list[str]:

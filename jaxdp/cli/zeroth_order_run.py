@@ -275,6 +275,7 @@ def prepare(
         num_parameters(tuning.frozen),
         host_bytes=meters.host_memory() + choice.host_bytes + (choice.device_bytes if room.is_shared else 0),
         placement=str(choice),
+        unit=tuning_job.unit_noun(config.data),
     )
     print(check, flush=True)
     secrets = found or run_secrets.draw(data_sha256, choice.head_tokens, choice.num_at_once, is_split=choice.is_split)

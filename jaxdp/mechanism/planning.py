@@ -96,10 +96,11 @@ def plan(
             noise_multiplier=noise_multiplier,
         )
     padded_batch_size = _validate.positive_integer("padded_batch_size", padded_batch_size)
-    if padded_batch_size > num_examples + 1:
+    largest = num_examples if sampling_prob == 1 else num_examples + 1  # a full batch has no padding, and needs no mask
+    if padded_batch_size > largest:
         raise ValueError(
-            f"padded_batch_size={padded_batch_size} exceeds num_examples + 1 = {num_examples + 1}; no draw can be that large, from "
-            "the data set or a neighbor: leave it out."
+            f"padded_batch_size={padded_batch_size} exceeds {largest}, and no draw can be that large, from num_examples="
+            f"{num_examples} or from a neighbor: leave it out."
         )
     if padded_batch_size < sampling_prob * num_examples * (1 - 1e-9):
         raise ValueError(

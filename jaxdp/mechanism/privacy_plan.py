@@ -148,7 +148,11 @@ class PrivacyPlan:
 
     def clipping_in_words(self, unit: str | None = None) -> str:
         """The clipping policy, of the gradients of what `unit` names as in `describe`."""
-        return str(self.clipping) if unit is None else str(self.clipping).replace("per-example", f"per-{unit}")
+        return (
+            str(self.clipping)
+            if unit is None
+            else str(self.clipping).replace("per-example", f"per-{unit.replace(' ', '-')}")
+        )
 
     def _sampler_in_words(self, unit: str | None) -> str:
         units = f"{unit or 'example'}s"

@@ -147,9 +147,24 @@ def test_every_number_comes_from_the_plan(capsys: pytest.CaptureFixture[str]):
 def test_a_warning_of_the_plan_goes_to_stderr(capsys: pytest.CaptureFixture[str]):
     run(parse("--num-examples 100 --sampling-prob 0.1 --num-steps 5 --delta 0.05 --noise-multiplier 2 --json"))
     captured = capsys.readouterr()
-    assert captured.err.startswith("warning: target_delta=0.05 exceeds 1/num_examples")
+    assert captured.err.startswith("warning: delta=0.05 exceeds 1/num_examples=0.01: releasing one record in the clear")
     assert captured.err.count("warning:") == 1
     assert len(json.loads(captured.out)["warnings"]) == 1
+
+
+def test_an_answer_that_protects_nobody_is_judged_in_words(capsys: pytest.CaptureFixture[str]):
+    """The largest finite one; and a delta above 1e-3, however few the records are."""
+    flags = "--num-examples 100 --sampling-prob 0.5 --num-steps 5 --delta 0.005 --padded-batch-size 101"
+    question = "--noise-multiplier 0 0.25 0.5 4"
+    out = as_json(capsys, f"{flags} {question}")
+    answers = [value for row in out["rows"] for value in row["epsilon"].values() if value != "Infinity"]
+    assert max(answers) > 20
+    assert out["warnings"] == list(accounting.judge(max(answers), 0.005, 100))
+    run(parse(f"{flags} {question}"))
+    assert [line.split("=")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "warning: epsilon",
+        "warning: delta",
+    ]
 
 
 @pytest.mark.parametrize(

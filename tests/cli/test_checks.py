@@ -42,6 +42,23 @@ def test_a_parameter_that_the_loss_does_not_read_is_refused_by_name():
         update_check.refuse_unused(without, jaxdp.flat(1.0), TRAINABLE, FROZEN, DATA)
 
 
+def test_the_plan_check_names_the_unit_and_what_is_weak_before_the_run():
+    weak = jaxdp.plan(
+        num_examples=20,
+        expected_batch_size=5,
+        num_steps=3,
+        clipping=jaxdp.flat(1.0),
+        noise_multiplier=0.2,
+        target_delta=0.01,
+    )
+    lines = str(plan_check.PlanCheck(weak, 1, None, None, 3, 1, unit="privacy unit")).splitlines()
+    assert "(ADD_OR_REMOVE_ONE privacy unit, PLD accountant); noise multiplier 0.2" in lines[1]
+    assert lines[2].startswith("  weak        epsilon=")
+    assert lines[3].startswith("  weak        delta=0.01 exceeds 0.001: with a chance of up to 1 in 100")
+    assert lines[4].startswith("  steps       3, expected batch size 5 of 20 privacy units, padded to")
+    assert "weak" not in str(plan_check.PlanCheck(dataclasses.replace(weak, noise_multiplier=0.0), 1, None, None, 3, 1))
+
+
 def test_what_moved_is_told_from_what_did_not():
     after = {"used": TRAINABLE["used"] + np.float32(1e-7), "other": TRAINABLE["other"].copy()}
     check = update_check.compare(TRAINABLE, after, FROZEN, jax.device_put(FROZEN), step=2)

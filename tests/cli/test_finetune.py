@@ -66,9 +66,11 @@ def test_a_run_writes_a_model_a_card_and_a_report(gpt2, texts, tmp_path, jaxdp_c
     assert "plan check" in result.stdout
     assert "epsilon     3 at delta" in result.stdout
     # The card states the guarantee, travels with the model, and quotes nothing that is not private.
-    card = (out / "README.md").read_text()
+    card = (out / "model" / "README.md").read_text()
     assert report["statement"] in card
-    assert (out / "model" / "README.md").read_text() == card
+    assert not (out / "README.md").exists()  # the folder that has checkpoints does not pass for one to publish
+    for name in ("report.json", "curve.png", "checkpoints"):
+        assert (out / name).stat().st_mode & 0o077 == 0, name
     assert "loss" not in card.split("## Privacy")[1].split("metrics, losses")[0]
     assert (out / "curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     # Every parameter moved; the noise key is in the checkpoints alone.
@@ -187,6 +189,8 @@ def test_classes_and_users_and_completions(gpt2, texts, tmp_path, jaxdp_here):
     result = jaxdp_here("finetune", *reviews, *classes, *FAST, *users, "--out", tmp_path / "classes", cwd=tmp_path)
     report = report_of(tmp_path / "classes")
     assert report["num_examples"] == 20  # users, not records
+    assert "in a training set of 20 privacy units" in report["statement"]
+    assert "expected batch size 8 of 20 privacy units, padded to" in result.stdout
     assert report["privacy_unit"].startswith("All records with the same value of the field 'user', of which at most 2")
     assert 0 <= report["evaluation"]["after"]["accuracy"] <= 1
     assert report["evaluation"]["before"]["num_examples"] == 80
@@ -199,7 +203,7 @@ def test_classes_and_users_and_completions(gpt2, texts, tmp_path, jaxdp_here):
     assert report["private"] is False
     assert report["epsilon"] is None
     assert report["evaluation"]["after"]["perplexity"] < report["evaluation"]["before"]["perplexity"]
-    assert "not differentially private" in (tmp_path / "prompts" / "README.md").read_text()
+    assert "not differentially private" in (tmp_path / "prompts" / "model" / "README.md").read_text()
 
 
 @pytest.mark.unoptimized
@@ -214,7 +218,7 @@ def test_a_silent_leaf_is_loud(gpt2, texts, tmp_path, jaxdp_here):
     assert updates["compared_after_step"] == 3
     (warning,) = updates["warnings"]
     assert result.stderr.count(f"warning: {warning}") == 1
-    assert warning in (tmp_path / "out" / "README.md").read_text()
+    assert warning in (tmp_path / "out" / "model" / "README.md").read_text()
 
 
 # Bad input: exit code 2, one line on stderr, nothing written.

@@ -218,7 +218,7 @@ def test_a_run_is_resumed_with_its_own_settings_data_and_secrets_only(private_ru
     (other / "private.txt").write_text("\n".join(reversed(lines)))
     assert "not the one that the run in" in refused(texts=other)
     # A run that was killed behind its last step has its outputs to write again, and no step to take.
-    for name in ("model", "README.md", "curve.png"):
+    for name in ("model", "curve.png"):
         shutil.rmtree(out / name, ignore_errors=True)
     main([*arguments(llama, texts, out, *PRIVATE), "--resume"])
     assert files_of(out) == files_of(private_run[0])

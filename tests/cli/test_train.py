@@ -57,6 +57,8 @@ def test_with_no_arguments_it_trains_digits_at_epsilon_3(tmp_path, jaxdp_here):
     key_words = b"noise_key"
     assert not any(key_words in path.read_bytes() for path in folder.iterdir() if path.is_file())
     assert oct((folder / "checkpoints").stat().st_mode)[-3:] == "700"
+    for name in ("report.json", "curve.png"):  # they have losses of the training set
+        assert oct((folder / name).stat().st_mode)[-3:] == "600"
     # A second run goes to a new folder, and the first is untouched.
     before = (folder / "report.json").read_bytes()
     jaxdp_here("train", *FAST, "--num-steps", "2", cwd=tmp_path)

@@ -134,6 +134,14 @@ def test_a_description_speaks_of_the_unit_that_it_is_told(relation, clipping, mo
         assert words in as_before
 
 
+@pytest.mark.parametrize(("sampling_prob", "largest"), [(0.5, 11), (1.0, 10)])
+def test_a_batch_has_no_more_rows_than_a_neighbor_has_records(sampling_prob, largest):
+    settings = {"num_examples": 10, "sampling_prob": sampling_prob, "num_steps": 1, "noise_multiplier": 1.0}
+    assert jaxdp.plan(**settings, clipping=jaxdp.flat(1.0), padded_batch_size=largest).padded_batch_size == largest
+    with pytest.raises(ValueError, match=f"padded_batch_size={largest + 1} exceeds {largest}, .* leave it out"):
+        jaxdp.plan(**settings, clipping=jaxdp.flat(1.0), padded_batch_size=largest + 1)
+
+
 LAPLACE = {**SETTINGS, "noise": "laplace"}
 
 
