@@ -279,6 +279,30 @@ MUTATIONS = {
         "[self.neighboring_relation].format('record')",
         "tests/mechanism/test_plan.py speaks_of_the_unit",
     ),
+    "units_called_records": Mutation(
+        "jaxdp/cli/tuning_job.py",
+        'return None if options.unit_field is None else "privacy unit"',
+        "return None",
+        "tests/cli/test_statements.py speaks_of_units",
+    ),
+    "weak_guarantee_not_said": Mutation(
+        "jaxdp/cli/cost.py",
+        'print(f"weak guarantee: {sentence}", flush=True)',
+        "pass",
+        "tests/cli/test_statements.py weak",
+    ),
+    "losses_for_everyone_to_read": Mutation(
+        "jaxdp/cli/run_folder.py",
+        'write_json(folder / "report.json", report, mode=PRIVATE)',
+        'write_json(folder / "report.json", report)',
+        "tests/cli/test_statements.py owners",
+    ),
+    "private_file_made_for_everyone": Mutation(
+        "jaxdp/_files.py", "os.O_CREAT | os.O_EXCL, mode)", "os.O_CREAT | os.O_EXCL, 0o666)", "tests/test_files.py never_anothers"
+    ),
+    "card_around_what_is_private": Mutation(
+        "jaxdp/cli/tuning_outputs.py", "for name in written:", 'for name in [*written, "."]:', "tests/cli/test_statements.py owners"
+    ),
 }  # fmt: skip
 
 
