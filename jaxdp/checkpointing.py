@@ -15,7 +15,7 @@ from jaxdp.mechanism import Ledger, PrivacyPlan, check_plan
 
 State = TypeVar("State")
 
-_FORMAT = 1
+_FORMAT = 2  # 1: noise that was not bound to its batch; going on from it would release forgotten steps again
 
 
 class CheckpointError(RuntimeError):
@@ -26,9 +26,13 @@ class Checkpointer:
     """Saves and restores the state of a run in one folder.
 
     A checkpoint is written beside its final name and renamed when complete, so a half-written one is never loaded.
-    Restoring gives the saved arrays bit for bit, the noise key and the ledger included: the continued run draws the same
-    noise for the same step, and must see the same batches (S8). So store the entropy of the sampler's `SeedSequence` in
-    `extra`, and resume with `poisson_batches(source, plan, SeedSequence(entropy), start_step=state.step)`.
+    Restoring gives the saved arrays bit for bit, the noise key and the ledger included: the continued run repeats the steps
+    that a crash forgot exactly, if it sees the same batches. So store the entropy of the sampler's `SeedSequence` in `extra`, and
+    resume with `poisson_batches(source, plan, SeedSequence(entropy), start_step=state.step)`.
+
+    What must still not be done: with other batches the forgotten steps draw other noise (S8, `jaxdp.noise_keys`) and are released a
+    second time, and so they are where one checkpoint is continued twice in two ways. If anything of the lost run was published,
+    count them twice. And do not leave `start_step` out: steps that share a draw are not what the plan accounts for.
 
     **The folder is secret**: it holds the noise key, and is made readable by its owner only. Publish `state.params`.
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxdp import _validate
 from jaxdp._typing import Key
+from jaxdp.noise_keys import leaf_keys
 from pallas_kernels import counter_normal
 
 
@@ -80,14 +81,6 @@ def _key_words(key: Key) -> jax.Array:
     return jax.random.key_data(key)
 
 
-def _fold_in_each(key: Key, count: int) -> list[Key]:
-    """`jax.random.fold_in(key, i)` for each i below `count`; in one go, where JAX's threefry is a loop for each."""
-    if str(jax.random.key_impl(key)) != "threefry2x32":
-        return [jax.random.fold_in(key, index) for index in range(count)]
-    words = jnp.stack(counter_normal.bits(jax.random.key_data(key), (count,)), axis=1)
-    return list(jax.random.wrap_key_data(words, impl="threefry2x32"))
-
-
 def allocate_stddevs(
     clip_norms: jax.Array, sizes: tuple[int, ...], *, noise_multiplier: float, allocation: str
 ) -> jax.Array:
@@ -141,7 +134,8 @@ def add_noise(clipped_sum: Any, stddevs: jax.Array, leaf_groups: tuple[int | tup
         clipped_sum: Pytree of float32 or float64 arrays.
         stddevs: s_k, `[K]`.
         leaf_groups: The group index of each leaf; a tuple holds that of each slice along its leading axis.
-        key: Fresh for each sum; two different sums must never be noised with one key (S8).
+        key: Fresh for each sum; two different sums must never be noised with one key (S8). `noise_keys` has what is derived
+            from it.
 
     Raises:
         TypeError: a leaf is narrower than float32.
@@ -149,9 +143,7 @@ def add_noise(clipped_sum: Any, stddevs: jax.Array, leaf_groups: tuple[int | tup
     _validate.typed_key("key", key)
     leaves, treedef = jax.tree.flatten(clipped_sum)
     noised = []
-    for index, (leaf, group, own_key) in enumerate(
-        zip(leaves, leaf_groups, _fold_in_each(key, len(leaves)), strict=True)
-    ):
+    for index, (leaf, group, own_key) in enumerate(zip(leaves, leaf_groups, leaf_keys(key, len(leaves)), strict=True)):
         if leaf.dtype.itemsize < 4:
             raise TypeError(
                 f"leaf {index} of the clipped sum has dtype {leaf.dtype}; add noise in float32 or wider, then cast."

@@ -57,8 +57,10 @@ def poisson_batches(
             with `__len__` and `__getitem__` whose items are examples (a list, a Hugging Face data set, a grain source).
         plan: Owner of the sampling numbers; `len(source)` must equal its `num_examples`.
         rng: `np.random.default_rng()` for a run that need not be resumed. To resume, pass the same
-            `np.random.SeedSequence` and `start_step`; keep its `entropy` with the checkpoint.
-        start_step: The first step to draw; `state.ledger.num_steps` after a restart.
+            `np.random.SeedSequence` and `start_step`; keep its `entropy` with the checkpoint. With another seed a restarted run is
+            sound, its noise follows its batches (S8); but it is not the same run, and steps that were released before count again.
+        start_step: The first step to draw; `state.ledger.num_steps` after a restart. Left out, the first draws come a second time:
+            the noise is then another one, but epsilon assumes a draw of its own for every step.
 
     Yields:
         `num_steps - start_step` pairs of a batch, pytree of `[padded_batch_size, ...]` arrays with zeros in the padding
@@ -70,9 +72,9 @@ def poisson_batches(
     start_step = _validate.nonnegative_integer("start_step", start_step)
     if start_step > 0 and isinstance(rng, np.random.Generator):
         raise ValueError(
-            f"start_step={start_step} with a Generator: a resumed run must draw the batches of the first run again, or its noise "
-            "would meet other data (S8). Start the run with seed = np.random.SeedSequence(), keep seed.entropy with the "
-            "checkpoint, and resume with np.random.SeedSequence(entropy)."
+            f"start_step={start_step} with a Generator: a resumed run must draw the batches of the first run again, or steps that "
+            "were released already would be released a second time. Start the run with seed = np.random.SeedSequence(), keep "
+            "seed.entropy with the checkpoint, and resume with np.random.SeedSequence(entropy)."
         )
     seed = _seed_sequence(rng)
     rows = _Rows(source)

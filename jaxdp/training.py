@@ -12,11 +12,12 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from jaxdp import _validate
+from jaxdp import _validate, noise_keys
 from jaxdp._typing import Batch, Key, LossFn, Params
 from jaxdp.gradients import ClippedGrad, Method, NotPrivate, clipped_grad
 from jaxdp.mechanism import Ledger, PrivacyPlan, check_batch, check_gradient_plan, privatize
 from jaxdp.noise import secret_key
+from jaxdp.noise_keys import Domain
 from pallas_kernels import Implementation
 
 
@@ -25,11 +26,15 @@ from pallas_kernels import Implementation
 class TrainingState:
     """What a run carries from step to step. It holds the noise key, so it is secret: publish `params` only.
 
+    A copy of a state may be stepped: with the same batch it gives the same release, with another one noise of its own (S8). That
+    is then a second release, on the budget of the same records, and each copy's ledger counts only its own: do not publish both.
+
     Attributes:
         params: The model: released.
         opt_state: The optimizer's state, computed from released values only.
         clip_norms: The clip norm of each group, `[K]`.
-        noise_key: The secret noise key (S8). It never changes; noise is keyed by (key, step).
+        noise_key: The secret noise key of the run (S8), derived from that of `init`. It never changes; noise is keyed by it,
+            the step and a digest of parameters and batch.
         ledger: How many steps were released at which noise.
     """
 
@@ -84,6 +89,15 @@ def make_dp_step(
     this plan, is (plan.epsilon(), delta)-differentially private. The optimizer sees the noised mean only, so it is
     post-processing (S14). A step past `num_steps` is refused before it runs.
 
+    **Noise** is a function of the key, the step, and the bits of the trainable parameters, the clip norms, the batch and, where
+    `plan.sampling_prob < 1`, its mask: a step repeated from one state with one batch repeats its release, whatever the method
+    and the microbatch, and with another batch or at other parameters it draws noise of its own (S8, `jaxdp.noise_keys`). So two
+    runs of one key whose parameters differ by rounding only, such as those of two methods, part ways after a step. The digest
+    does not see another `loss_fn`, `frozen` arrays that differ, nor, at `sampling_prob = 1`, a mask that differs: there nothing
+    is drawn, and it marks the padding of a data set, a public constant. Change them in a run with a fresh key only, and never
+    give one explicit `noise_key` to two runs: over the same data at the same parameters they would share noise. By default
+    every `init` draws a key.
+
     Args:
         loss_fn: `loss_fn(params, example) -> scalar`, or `-> (scalar, aux)` with `has_aux=True`; one example, no batch axis.
             With `frozen` arrays, `loss_fn(params, example, frozen)`.
@@ -96,7 +110,8 @@ def make_dp_step(
 
     Returns:
         `init(params, *, noise_key=None) -> TrainingState` copies `params` and, by default, draws the noise key from the
-        operating system's entropy.
+        operating system's entropy. Inside `jax.jit`, `jax.vmap` or `jax.eval_shape` it raises a TypeError: all calls would
+        share a key.
 
         `step(state, batch, is_padding_example, frozen=None) -> (TrainingState, StepInfo)` is compiled once, whatever the
         realized batch size, and donates the arrays of `state`: use the state it returns. It keeps the ledger on the host,
@@ -123,11 +138,12 @@ def make_dp_step(
         raise TypeError(f"tx must be an optax.GradientTransformation, such as optax.adam(1e-3); got {tx!r}.")
 
     def init(params: Params, *, noise_key: Key | None = None) -> TrainingState:
+        noise_keys.refuse_tracers("init", params, noise_key)
         _validate.floating_params(params)
         key = secret_key() if noise_key is None else _validate.typed_key("noise_key", noise_key)
         params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)  # the step donates its input
         clip_norms = jnp.asarray(plan.clipping.clip_norms(plan.clipping.groups(params)))
-        return TrainingState(params, tx.init(params), clip_norms, jax.random.clone(key), Ledger())
+        return TrainingState(params, tx.init(params), clip_norms, noise_keys.run_key(key, Domain.DP_STEP), Ledger())
 
     def released(
         params: Params,
@@ -141,7 +157,11 @@ def make_dp_step(
     ) -> tuple[tuple[Params, Any, jax.Array, Key], StepInfo]:
         fun = loss_fn if frozen is None else lambda params, example: loss_fn(params, example, frozen)
         clipped, not_private = grad_fn(fun).clipped_sum(params, batch, is_padding_example=mask, clip_norms=clip_norms)
-        release = privatize(clipped, plan.clipping.groups(params), plan, clip_norms, key=key, step=step)
+        # Not the clipped sum: its last bits depend on the method. At other parameters the same batch has another sum. Where every
+        # example is in every batch the mask is no draw, and noise that does not follow it is how sensitivity is measured.
+        bound_to = (params, batch) if plan.sampling_prob == 1 else (params, batch, mask)
+        groups = plan.clipping.groups(params)
+        release = privatize(clipped, groups, plan, clip_norms, key=key, step=step, bound_to=bound_to)
         mean = jax.tree.map(lambda m, p: m.astype(p.dtype), release.mean, params)  # noise first, then cast (S21)
         updates, opt_state = tx.update(mean, opt_state, params)
         info = StepInfo(release.stddevs, release.clip_norms, not_private)

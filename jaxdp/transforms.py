@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from jaxdp import _validate
+from jaxdp import _validate, noise_keys
 from jaxdp._typing import Key, Params
 from jaxdp.clipping import clip_and_sum
 from jaxdp.mechanism import PrivacyPlan, check_batch, check_gradient_plan, privatize
@@ -23,8 +23,11 @@ from jaxdp.mechanism import PrivacyPlan, check_batch, check_gradient_plan, priva
 class DPAggregateState:
     """State of `dp_aggregate`. It holds the noise key, so it is secret.
 
+    A state may be stepped again: with the same gradients it gives the same update, with others noise of its own (S8). That is
+    then a second release, which neither state's count includes: do not publish both.
+
     Attributes:
-        noise_key: The secret noise key.
+        noise_key: The secret noise key of the run, derived from that of the transformation.
         step: Number of updates released, int32; `plan.epsilon(num_steps=int(state.step))` is what they cost.
         clip_norms: The clip norm of each group, `[K]`.
         plan_id: Fingerprint of the plan that the count belongs to; a transformation of another plan refuses the state.
@@ -55,14 +58,15 @@ def dp_aggregate(plan: PrivacyPlan, key: Key) -> optax.GradientTransformationExt
 
     Args:
         plan: The privacy numbers, from `jaxdp.plan`, with Gaussian noise.
-        key: A secret noise key, `jaxdp.secret_key()`: a fresh one for each process (S8). The first `init` uses it as it is, and
-            each further one derives a key of its own.
+        key: A secret noise key, `jaxdp.secret_key()`: a fresh one for each process (S8). Each `init` derives a key of its own
+            from it. Noise is a function of that, the step and the bits of the clipped sum (`jaxdp.noise_keys`).
 
     Returns:
         An `optax.GradientTransformationExtraArgs`. Its updates have the shapes and dtypes of `params`; noise is drawn and
         added in float32 or wider, whatever those dtypes.
 
     Raises:
+        TypeError: `init` is called inside `jax.jit`, `jax.vmap` or `jax.eval_shape`, where all calls would share a key.
         ValueError: at trace time, if `params` is missing, or a leaf is not `[B, *param.shape]`, naming the leaf.
     """
     check_gradient_plan(plan)
@@ -71,12 +75,13 @@ def dp_aggregate(plan: PrivacyPlan, key: Key) -> optax.GradientTransformationExt
     runs = itertools.count()
 
     def init(params: Params) -> DPAggregateState:
+        noise_keys.refuse_tracers("init of dp_aggregate", params)
         _refuse_masks(params)
         _validate.floating_params(params)
         clip_norms = jnp.asarray(plan.clipping.clip_norms(plan.clipping.groups(params)))
-        # S8: a second run of one transformation must not repeat the noise of the first.
         run = next(runs)
-        noise_key = jax.random.clone(key) if run == 0 else jax.random.fold_in(key, run)
+        # S8: a second run of one transformation must not repeat the noise of the first.
+        noise_key = noise_keys.run_key(key, noise_keys.Domain.AGGREGATE, run)
         return DPAggregateState(noise_key, jnp.zeros((), jnp.int32), clip_norms, plan_id)
 
     def update(

@@ -10,13 +10,14 @@ import jax
 import numpy as np
 import optax
 import pytest
+from scipy import stats
 
 import jaxdp
 
 pytestmark = [pytest.mark.usefixtures("standard_promotion"), pytest.mark.unoptimized]
 
 
-def make_plan(**kwargs):
+def make_plan(clipping=None, **kwargs):
     settings = {
         "num_examples": 40,
         "sampling_prob": 0.2,
@@ -24,7 +25,7 @@ def make_plan(**kwargs):
         "padded_batch_size": 16,
         "noise_multiplier": 0.5,
     }
-    return jaxdp.plan(clipping=jaxdp.quantile(0.3, count_stddev=2.0), **(settings | kwargs))
+    return jaxdp.plan(clipping=clipping or jaxdp.quantile(0.3, count_stddev=2.0), **(settings | kwargs))
 
 
 @pytest.fixture
@@ -53,12 +54,49 @@ def test_save_load_continue_is_the_uninterrupted_run_bit_for_bit(tmp_path, param
         assert checkpointer.latest_step() == 5
         restored, extra = checkpointer.restore(init(params))
     assert restored.step == 5
+    np.testing.assert_array_equal(jax.random.key_data(restored.noise_key), jax.random.key_data(state.noise_key))
     resumed = continue_run(restored, step, plan, data, np.random.SeedSequence(int(extra["entropy"])), 12)
     chex.assert_trees_all_equal(
         (resumed.params, resumed.opt_state, resumed.clip_norms), (whole.params, whole.opt_state, whole.clip_norms)
     )
     assert resumed.ledger == whole.ledger
-    np.testing.assert_array_equal(jax.random.key_data(resumed.noise_key), jax.random.key_data(key))
+    np.testing.assert_array_equal(jax.random.key_data(resumed.noise_key), jax.random.key_data(whole.noise_key))
+
+
+def test_a_run_that_is_resumed_with_other_batches_draws_other_noise(tmp_path, key):
+    """S8: with the noise of the interrupted run, the difference of two models would be that of two sums, in the clear."""
+    width, lost = 4000, np.random.SeedSequence(7)
+    rows = np.random.default_rng(0).normal(size=(40, width)).astype(np.float32)
+
+    def run_of(noise_multiplier):
+        plan = make_plan(noise_multiplier=noise_multiplier, clipping=jaxdp.flat(1.0), target_delta=1e-5)
+        return plan, *jaxdp.make_dp_step(
+            lambda w, row: jax.numpy.vdot(w, row), optax.sgd(plan.expected_batch_size), plan
+        )
+
+    plan, init, step = run_of(1.0)
+    _, _, exact_step = run_of(0.0)
+    state = continue_run(init(np.zeros(width, np.float32), noise_key=key), step, plan, rows, lost, 2)
+    with jaxdp.Checkpointer(tmp_path / "run", plan) as checkpointer:
+        checkpointer.save(state)
+        with pytest.raises(ValueError, match=r"start_step=2 with a Generator"):
+            jaxdp.poisson_batches(rows, plan, np.random.default_rng(), start_step=2)
+        moves = []
+        # The run as it was; with fresh entropy; and from its first batch again, start_step forgotten.
+        for seed, start in ((lost, 2), (np.random.SeedSequence(), 2), (lost, 0), (lost, 2)):
+            moved = []
+            for take in (step, exact_step):
+                restored, _ = checkpointer.restore(init(np.zeros(width, np.float32)))
+                before = np.asarray(restored.params, np.float64)
+                batch, mask = next(jaxdp.poisson_batches(rows, plan, seed, start_step=start))
+                moved.append(before - np.asarray(take(restored, batch, mask)[0].params))
+            moves.append(moved)
+    np.testing.assert_array_equal(moves[0][0], moves[3][0])  # the same batches: the same release
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        of_sums = moves[one][1] - moves[other][1]
+        found = moves[one][0] - moves[other][0] - of_sums
+        assert np.abs(of_sums).max() > 1e-3
+        assert stats.kstest(found, stats.norm(0, np.sqrt(2)).cdf).pvalue > 1e-3
 
 
 def test_the_ledger_of_a_changed_plan_is_restored_exactly(tmp_path, params, loss_fn, key):

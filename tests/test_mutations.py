@@ -69,9 +69,9 @@ MUTATIONS = {
     ),
     "key_reused_for_every_step": Mutation(
         "jaxdp/mechanism/privatize.py",
-        "step_key = jax.random.fold_in(key, step)",
-        "step_key = key",
-        "tests/test_training.py every_step_draws",
+        "noise_keys.step_key(key, step)",
+        "noise_keys.step_key(key, 0)",
+        f"{PRIVATIZE} steps_keys",
     ),
     "key_reused_for_every_leaf": Mutation(
         "jaxdp/noise.py", "standard_normal(own_key,", "standard_normal(key,", "tests/test_noise.py independent"
@@ -302,6 +302,58 @@ MUTATIONS = {
     ),
     "card_around_what_is_private": Mutation(
         "jaxdp/cli/tuning_outputs.py", "for name in written:", 'for name in [*written, "."]:', "tests/cli/test_statements.py owners"
+    ),
+    # The keys of the noise.
+    "digest_ignored": Mutation(
+        "jaxdp/mechanism/privatize.py",
+        "noise_keys.bound_key(streams[name], digest)",
+        "noise_keys.bound_key(streams[name], digest * jnp.uint32(0))",
+        "tests/test_transforms.py two_gradients",
+    ),
+    "digest_blind_to_position": Mutation(
+        "jaxdp/noise_keys.py",
+        "return sum((i * m for i, m in zip(indices, multipliers, strict=True)), start)",
+        "return start",
+        "tests/test_noise_keys.py permutations",
+    ),
+    "digest_is_a_linear_sum": Mutation(
+        "jaxdp/noise_keys.py",
+        "x = words + place(a, [b * jnp.uint32(stride) for stride in strides])",
+        "return jnp.full(2, jnp.sum(words * (place(a, [b] * len(strides)) | jnp.uint32(1)), dtype=jnp.uint32)); x = words",
+        "tests/test_noise_keys.py signs",
+    ),
+    "run_not_folded": Mutation(
+        "jaxdp/transforms.py",
+        "noise_keys.Domain.AGGREGATE, run)",
+        "noise_keys.Domain.AGGREGATE, 0 * run)",
+        "tests/test_noise_keys.py no_key_that_draws",
+    ),
+    "domain_of_steps_is_that_of_runs": Mutation(
+        "jaxdp/noise_keys.py", "STEP = _TAG + 16", "STEP = _TAG + 2", "tests/test_noise_keys.py distinct"
+    ),
+    "noise_of_a_step_follows_the_batch_alone": Mutation(
+        "jaxdp/training.py", "bound_to = (params, batch) if", "bound_to = (batch,) if", "tests/test_training.py other_parameters"
+    ),
+    "noise_does_not_follow_the_mask": Mutation(
+        "jaxdp/training.py", "else (params, batch, mask)", "else (params, batch)", "tests/test_training.py mask_is_a_draw"
+    ),
+    "noise_does_not_follow_the_noise_multiplier": Mutation(
+        "jaxdp/mechanism/privatize.py",
+        "repr((plan.noise, plan.noise_multiplier,",
+        "repr((plan.noise,",
+        "tests/test_training.py another_noise",
+    ),
+    "init_is_traced": Mutation(
+        "jaxdp/transforms.py",
+        'noise_keys.refuse_tracers("init of dp_aggregate", params)',
+        "pass",
+        "tests/test_transforms.py init_is_refused",
+    ),
+    "noise_key_from_the_direction_key": Mutation(
+        "jaxdp/zeroth_order/key_relations.py",
+        "    if high == 0:",
+        "    if False:",
+        "tests/zeroth_order/test_private.py follows_from",
     ),
 }  # fmt: skip
 

@@ -8,7 +8,6 @@ from scipy import stats
 
 import jaxdp
 from jaxdp.noise import (
-    _fold_in_each,
     _laplace_of_bits,
     _wide_normal_of_bits,
     add_laplace_noise,
@@ -38,13 +37,6 @@ def test_leaves_and_keys_draw_independently(key):
     draws = [one["a"], one["b"], two["a"], two["b"]]
     correlation = np.abs(np.corrcoef(np.stack(draws)) - np.eye(4))
     assert correlation.max() < 5 / np.sqrt(SIZE)
-
-
-@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
-def test_the_keys_of_leaves_are_folded_in(impl):
-    key = jax.random.key(3, impl=impl)
-    for index, found in enumerate(_fold_in_each(key, 7)):
-        np.testing.assert_array_equal(jax.random.key_data(found), jax.random.key_data(jax.random.fold_in(key, index)))
 
 
 def test_each_group_gets_its_own_std(key):

@@ -1,11 +1,14 @@
 """Laws of the DP-SGD step: ordinary SGD at no noise, one trace, one release a step, resumable, refused past the plan."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from scipy import stats
 
 import jaxdp
 from jaxdp import training
@@ -100,7 +103,7 @@ def test_step_is_traced_once_whatever_the_realized_batch(params, loss_fn, data):
 
 
 def test_one_bad_example_changes_nothing_but_its_own_contribution(params, loss_fn, data, key):
-    plan = make_plan()
+    plan = make_plan(0.0)  # the batches differ, and so would their noise
     init, step = jaxdp.make_dp_step(loss_fn, optax.sgd(0.1), plan)
     batch = jax.tree.map(lambda x: x[:16], data)
     for bad in (np.nan, np.inf):
@@ -245,24 +248,154 @@ def test_low_precision_parameters_keep_their_dtype(loss_fn, params, data):
 
 @pytest.mark.usefixtures("standard_promotion")
 def test_replicas_add_the_same_noise_and_sharding_changes_only_rounding(params, loss_fn, data, key):
-    """S7, S22: the batch split over two devices gives the parameters of one device, equal on both."""
+    """S7, S22: the batch split over two devices gives the parameters of one device, equal on both. Step by step from the same bits,
+    since noise follows them."""
     plan = make_plan()
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     init, step = jaxdp.make_dp_step(loss_fn, optax.adam(0.01), plan)
-    alone, shared = init(params, noise_key=key), init(params, noise_key=key)
-    shared = training.TrainingState(
-        *jax.device_put((shared.params, shared.opt_state, shared.clip_norms, shared.noise_key), everywhere),
-        ledger=shared.ledger,
-    )
+    alone = shared = init(params, noise_key=key)
     for batch, mask in jaxdp.poisson_batches(data, plan, np.random.SeedSequence(2)):
+        arrays = jax.device_get((alone.params, alone.opt_state, alone.clip_norms)), jax.random.clone(alone.noise_key)
+        (copied, noise_key) = jax.device_put(arrays, everywhere)
+        shared = training.TrainingState(*copied, noise_key, ledger=alone.ledger)
         alone, _ = step(alone, batch, mask)
         shared, _ = step(shared, *jax.device_put((batch, mask), rows))
-    chex.assert_trees_all_close(
-        jax.tree.map(np.asarray, alone.params), jax.tree.map(np.asarray, shared.params), rtol=1e-4, atol=1e-5
-    )
+        chex.assert_trees_all_close(
+            jax.tree.map(np.asarray, alone.params), jax.tree.map(np.asarray, shared.params), rtol=1e-4, atol=1e-5
+        )
     kernel = shared.params["first"]["kernel"]
     copies = [np.asarray(shard.data) for shard in kernel.addressable_shards]
     assert len(copies) == 2
     np.testing.assert_array_equal(copies[0], copies[1])
+
+
+# Noise belongs to one step of one state with one batch (S8).
+
+WIDTH = 4000
+
+
+def linear(w, example):
+    """Its gradient is the example, wherever w is."""
+    return jnp.vdot(w, example)
+
+
+def rows_of(seed, num_rows=6, width=WIDTH):
+    return np.random.default_rng(seed).normal(size=(num_rows, width)).astype(np.float32)
+
+
+@functools.cache
+def wide(noise_multiplier=1.0, learning_rate=1.0, sampling_prob=1.0):
+    """A step of `WIDTH` parameters, which change by minus its release times the learning rate; and its plan."""
+    settings = {"num_examples": 6, "sampling_prob": sampling_prob, "num_steps": 9, "padded_batch_size": 6}
+    plan = jaxdp.plan(clipping=jaxdp.flat(1.0), noise_multiplier=noise_multiplier, target_delta=1e-5, **settings)
+    return *jaxdp.make_dp_step(linear, optax.sgd(learning_rate), plan), plan
+
+
+def copy_of(state):
+    return jax.tree.map(jnp.copy, state)
+
+
+def releases_of(state, batch, mask=None, num_steps=1, **options):
+    """The noised sums of steps, `[num_steps, WIDTH]`, from a copy of the state; without noise: the clipped sums."""
+    _, step, plan = wide(**options)
+    state, found = copy_of(state), []
+    for _ in range(num_steps):
+        before = np.asarray(state.params, np.float64)
+        state, _ = step(state, batch, np.zeros(6, bool) if mask is None else mask)
+        found.append((before - np.asarray(state.params)) / options.get("learning_rate", 1.0) * plan.expected_batch_size)
+    return np.array(found)
+
+
+def assert_two_draws(difference, of_sums):
+    """A difference of releases is that of the sums and of two independent draws: it hides the sums as each does."""
+    assert np.max(np.abs(of_sums)) > 1e-3
+    found = (np.asarray(difference) - of_sums).ravel()
+    assert stats.kstest(found, stats.norm(0, np.sqrt(2)).cdf).pvalue > 1e-3
+    assert np.std(found) == pytest.approx(np.sqrt(2), rel=5 / np.sqrt(2 * found.size))
+
+
+@pytest.mark.parametrize("num_steps", [0, 2])
+def test_a_copied_state_stepped_with_another_batch_draws_other_noise(num_steps, key):
+    """Equal noise would cancel, and the difference of two releases be that of two sums, in the clear."""
+    init, step, _ = wide()
+    state = init(jnp.zeros(WIDTH), noise_key=key)
+    for _ in range(num_steps):
+        state, _ = step(state, rows_of(9), np.zeros(6, bool))
+    one, other = (releases_of(state, rows_of(seed))[0] for seed in (0, 1))
+    sums = [releases_of(state, rows_of(seed), noise_multiplier=0.0)[0] for seed in (0, 1)]
+    assert_two_draws(one - other, sums[0] - sums[1])
+    np.testing.assert_array_equal(one, releases_of(state, rows_of(0))[0])  # the same work is the same release
+
+
+def test_a_mask_is_a_draw_where_examples_are_drawn(key):
+    """At q below 1 two masks of a batch are two draws, each with its noise; at q = 1 the noise stays, and sensitivity shows."""
+    batch, mask = rows_of(0), np.arange(6) == 2
+    state = wide()[0](jnp.zeros(WIDTH), noise_key=key)
+    sums = [releases_of(state, batch, m, noise_multiplier=0.0)[0] for m in (None, mask)]
+    drawn = [releases_of(state, batch, m, sampling_prob=0.5)[0] for m in (None, mask)]
+    assert_two_draws(drawn[0] - drawn[1], sums[0] - sums[1])
+    fixed = [releases_of(state, batch, m)[0] for m in (None, mask)]
+    np.testing.assert_allclose(fixed[0] - fixed[1], sums[0] - sums[1], atol=1e-5)
+    assert np.linalg.norm(fixed[0] - fixed[1]) <= 1 + 1e-4
+
+
+def test_the_same_batch_at_other_parameters_is_noised_afresh(key):
+    """As when a run is resumed with another learning rate: its sum is another, though here, for once, it is the same."""
+    state = wide()[0](jnp.zeros(WIDTH), noise_key=key)
+    slow, fast = (releases_of(state, rows_of(0), num_steps=2, learning_rate=rate) for rate in (1.0, 0.5))
+    np.testing.assert_allclose(slow[0], fast[0], atol=1e-4)
+    assert stats.kstest(slow[1] - fast[1], stats.norm(0, np.sqrt(2)).cdf).pvalue > 1e-3
+
+
+def test_another_noise_multiplier_draws_other_noise(key):
+    """S + n and S + 2 n would be two equations for S."""
+    state = wide()[0](jnp.zeros(WIDTH), noise_key=key)
+    one, other = (releases_of(state, rows_of(0), noise_multiplier=sigma)[0] for sigma in (1.0, 2.0))
+    assert stats.kstest(one - other, stats.norm(0, np.sqrt(5)).cdf).pvalue > 1e-3
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_method_and_microbatch_change_nothing_about_the_noise(params, loss_fn, data, key):
+    plan, batch, mask = make_plan(), jax.tree.map(lambda x: x[:16], data), np.arange(16) > 11
+    found = []
+    for options in ({"method": "vmap"}, {"method": "two_pass"}, {"method": "book_keeping", "microbatch_size": 4}):
+        init, step = jaxdp.make_dp_step(loss_fn, optax.sgd(1.0), plan, **options)
+        found.append(step(init(params, noise_key=key), batch, mask)[0].params)
+    for other in found[1:]:
+        chex.assert_trees_all_close(other, found[0], rtol=1e-4, atol=1e-5)
+
+
+def test_an_example_that_carries_a_key_is_part_of_the_digest(key):
+    """As for dropout: of two batches that differ in their keys alone, the noise differs."""
+    plan = make_plan(num_examples=6, sampling_prob=1.0, padded_batch_size=6)
+    init, step = jaxdp.make_dp_step(lambda w, e: jnp.vdot(w, e["x"]), optax.sgd(1.0), plan)
+    found = [
+        step(
+            init(jnp.zeros(3), noise_key=key),
+            {"x": rows_of(0, 6, 3), "key": jax.random.split(jax.random.key(k), 6)},
+            None,
+        )
+        for k in (0, 0, 1)
+    ]
+    one, same, other = (np.asarray(state.params) for state, _ in found)
+    np.testing.assert_array_equal(one, same)
+    assert np.abs(one - other).max() > 1e-3
+
+
+def test_a_run_is_not_started_inside_a_transformation(key):
+    """Its key would be one constant for all calls."""
+    init, _, _ = wide()
+    for start in (
+        jax.jit(init),
+        jax.vmap(init),
+        lambda w: jax.eval_shape(init, w),
+        jax.jit(lambda w: init(np.zeros(3, "f4"))),
+    ):
+        with pytest.raises(
+            TypeError, match=r"init was called inside a JAX transformation .* Call it outside; then replicate"
+        ):
+            start(jnp.zeros((2, 3)))
+    with pytest.raises(TypeError, match="inside a JAX transformation"):
+        jax.vmap(lambda k: init(jnp.zeros(3), noise_key=k))(jax.random.split(key, 2))

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from scipy import stats
 
 import jaxdp
 
@@ -28,11 +29,11 @@ def per_example(loss_fn, params, batch):
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize(
     "clipping",
-    [jaxdp.flat(0.5), jaxdp.per_layer(0.5), jaxdp.automatic(), jaxdp.quantile(0.3)],
+    [jaxdp.flat(0.5), jaxdp.per_layer(0.5), jaxdp.automatic(), jaxdp.quantile(0.3, count_stddev=1e-6)],
     ids=lambda c: type(c).__name__,
 )
 def test_it_takes_the_same_steps_as_make_dp_step(clipping, params, loss_fn, batch, key):
-    plan = make_plan(0.3, clipping)
+    plan = make_plan(0.0, clipping)  # the noise of each is its own
     mask = np.arange(8) >= 6
     init, step = jaxdp.make_dp_step(loss_fn, optax.adam(0.1), plan)
     state = init(params, noise_key=key)
@@ -127,6 +128,45 @@ def test_a_second_run_of_one_transformation_draws_other_noise(params, loss_fn, b
     grads = per_example(loss_fn, params, batch)
     first, second = (tx.update(grads, tx.init(params), params, is_padding_example=empty)[0] for _ in range(2))
     assert float(jnp.abs(first["first"]["kernel"] - second["first"]["kernel"]).max()) > 1e-3
+
+
+def test_one_state_stepped_with_two_gradients_draws_two_noises(key):
+    """S8: equal noise would cancel, and the difference of two updates be that of two sums, in the clear."""
+    width = 4000
+    rng = np.random.default_rng(3)
+    one, other = (rng.normal(size=(8, width)).astype(np.float32) for _ in range(2))
+    params, mask = jnp.zeros(width), np.zeros(8, bool)
+
+    def updates_of(noise_multiplier):
+        tx = jaxdp.dp_aggregate(make_plan(noise_multiplier), key)
+        state, update = tx.init(params), jax.jit(tx.update)
+        return [
+            8 * np.asarray(update(g, state, params, is_padding_example=mask)[0], np.float64) for g in (one, other, one)
+        ]
+
+    noisy, exact = updates_of(1.0), updates_of(0.0)
+    assert np.abs(exact[0] - exact[1]).max() > 1e-3
+    found = (noisy[0] - noisy[1]) - (exact[0] - exact[1])
+    assert stats.kstest(found, stats.norm(0, np.sqrt(2)).cdf).pvalue > 1e-3
+    assert np.std(found) == pytest.approx(np.sqrt(2), rel=5 / np.sqrt(2 * width))
+    np.testing.assert_array_equal(noisy[0], noisy[2])  # the same gradients again are the same release
+
+
+def test_init_is_refused_inside_a_transformation(params, key):
+    """Its key would be one constant: every call, or every mapped run, would get the same noise."""
+    tx = jaxdp.dp_aggregate(make_plan(), key)
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), params)
+    chained = optax.chain(tx, optax.sgd(0.1))
+    for start in (
+        lambda: jax.jit(tx.init)(params),
+        lambda: jax.vmap(tx.init)(stacked),
+        lambda: jax.eval_shape(tx.init, params),
+        lambda: jax.jit(lambda: tx.init(params))(),
+        lambda: jax.jit(chained.init)(params),
+    ):
+        with pytest.raises(TypeError, match=r"init of dp_aggregate was called inside a JAX .* with jax\.device_put"):
+            start()
+    assert int(chained.init(params)[0].step) == 0
 
 
 def test_it_works_through_nnx_optimizer(batch, key):

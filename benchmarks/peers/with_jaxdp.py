@@ -39,9 +39,10 @@ def make(
         padded_batch_size=rows,
         noise_multiplier=settings.noise_multiplier if adds_noise else 0.0,
     )
+    tx = optax.sgd(settings.learning_rate)
     init, dp_step = jaxdp.make_dp_step(
         problem.model.loss,
-        optax.sgd(settings.learning_rate),
+        tx,
         plan,
         microbatch_size=microbatch_size,
         method=method,
@@ -64,8 +65,10 @@ def make(
         return to_host(state.params)
 
     def memory() -> dict[str, Any]:
-        started = jax.eval_shape(lambda: init(problem.params()))
-        arrays = (started.params, started.opt_state, started.clip_norms, started.noise_key)
+        params = jax.eval_shape(problem.params)  # not of `init`: it draws a key, and so refuses to be traced
+        clip_norms = jax.ShapeDtypeStruct((len(plan.clipping.groups(params).names),), np.float32)
+        noise_key = jax.eval_shape(jaxdp.secret_key)
+        arrays = (params, jax.eval_shape(tx.init, params), clip_norms, noise_key)
         batch, is_padding_example = jax.eval_shape(lambda: (problem.batch(), np.zeros(rows, bool)))
         lowered = dp_step.compiled.lower(*arrays, np.uint32(0), batch, is_padding_example, None)  # type: ignore[attr-defined]
         return xla_memory(lowered.compile())

@@ -8,14 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxdp import _validate
+from jaxdp import _validate, noise_keys
 from jaxdp._typing import Key
 from jaxdp.clipping import Automatic, ClippedSum, Flat, Groups, Quantile
 from jaxdp.mechanism.privacy_plan import PrivacyPlan
 from jaxdp.noise import add_laplace_noise, add_noise, allocate_stddevs, laplace_stddevs, standard_normal
-
-# Streams within one step's key.
-_GRADIENT_STREAM, _COUNT_STREAM = 0, 1
+from jaxdp.noise_keys import Stream
 
 
 @jax.tree_util.register_dataclass
@@ -37,7 +35,14 @@ class Release:
 
 
 def privatize(
-    clipped: ClippedSum, groups: Groups, plan: PrivacyPlan, clip_norms: jax.Array, *, key: Key, step: Any
+    clipped: ClippedSum,
+    groups: Groups,
+    plan: PrivacyPlan,
+    clip_norms: jax.Array,
+    *,
+    key: Key,
+    step: Any,
+    bound_to: Any = None,
 ) -> Release:
     """Noises a clipped sum once and divides it by the expected batch size.
 
@@ -46,22 +51,27 @@ def privatize(
 
     **Guarantee**: if one example moves group k of `clipped.value` by at most C_k = `clip_norms[k]`, the release is one
     Gaussian mechanism of noise multiplier `plan.noise_multiplier` (S5), or one Laplace mechanism, as `plan.noise` says, to be
-    charged once: call it once for each logical step, after microbatches and devices have been summed (S7), and never with one
-    (key, step) for two sums (S8).
+    charged once: call it once for each logical step, after microbatches and devices have been summed (S7).
+
+    The noise is a function of `key`, `step` and the digest of `bound_to`, of the clip norms, and of the plan's noise and
+    clipping (S8, `jaxdp.noise_keys`). So one (key, step) with another sum, clip norm or noise multiplier draws noise of its
+    own, which is a release of its own, to be charged once more; repeated exactly, it is the same release.
 
     Args:
         clipped: The sum over a batch, from `clip_and_sum` or `clipped_grad`.
         groups: The partition of its leaves.
         plan: Owner of the noise multiplier, the allocation and the divisor.
         clip_norms: C_k, `[K]`.
-        key: The run's secret noise key.
+        key: The run's secret noise key, typed.
         step: Index of the step, a nonnegative integer.
+        bound_to: Pytree of arrays that decides `clipped`. None, the safe choice, is `clipped` itself, as it stands to the last bit.
+            Another choice must differ where the sum does, other than by rounding.
 
     Raises:
         ValueError: the plan has Laplace noise, and the sum is not one number.
     """
     _validate.typed_key("key", key)
-    step_key = jax.random.fold_in(key, step)
+    draws = _bound_keys(key, step, (clip_norms, clipped if bound_to is None else bound_to), plan)
     if plan.noise == "laplace":
         _refuse_all_but_one_number(plan, groups)
         stddevs = laplace_stddevs(clip_norms, noise_multiplier=plan.noise_multiplier)
@@ -74,7 +84,7 @@ def privatize(
         )
     total = clipped.value
     if plan.noise_multiplier > 0:
-        noise_key = jax.random.fold_in(step_key, _GRADIENT_STREAM)
+        noise_key = draws[Stream.GRADIENT]
         if plan.noise == "laplace":
             total = add_laplace_noise(total, plan.noise_multiplier * clip_norms[0], key=noise_key)
         else:
@@ -83,9 +93,18 @@ def privatize(
     next_clip_norms = clip_norms
     if isinstance(plan.clipping, Quantile):
         next_clip_norms = _follow_quantile(
-            plan.clipping, plan, clipped.centered_count, clip_norms, key=jax.random.fold_in(step_key, _COUNT_STREAM)
+            plan.clipping, plan, clipped.centered_count, clip_norms, key=draws[Stream.COUNT]
         )
     return Release(mean, stddevs, clip_norms, next_clip_norms)
+
+
+def _bound_keys(key: Key, step: Any, bound_to: Any, plan: PrivacyPlan) -> dict[Stream, Key]:
+    """The keys of the two draws of a step."""
+    streams = noise_keys.stream_keys(noise_keys.step_key(key, step))
+    # Equal sums under two noise multipliers would give both away: S + s n and S + t n.
+    facts = repr((plan.noise, plan.noise_multiplier, plan.count_stddev, plan.clipping))
+    digest = noise_keys.digest(bound_to, streams=streams, facts=facts)
+    return {name: noise_keys.bound_key(streams[name], digest) for name in (Stream.GRADIENT, Stream.COUNT)}
 
 
 def _refuse_all_but_one_number(plan: PrivacyPlan, groups: Groups) -> None:

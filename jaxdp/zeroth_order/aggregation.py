@@ -16,13 +16,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxdp import _validate
+from jaxdp import _validate, noise_keys
 from jaxdp._typing import Batch, Key
 from jaxdp.clipping import Automatic, Flat, clip_and_sum
 from jaxdp.mechanism import Ledger, PrivacyPlan, check_batch, check_plan, privatize
 from jaxdp.noise import secret_key
+from jaxdp.noise_keys import Domain
+from jaxdp.zeroth_order.key_relations import relation
 
 
 @jax.tree_util.register_dataclass
@@ -62,16 +63,30 @@ def check_zeroth_order_plan(plan: Any, *, num_directions: int) -> PrivacyPlan:
     return plan
 
 
-def unrelated_noise_key(noise_key: Key | None, direction_key: Key) -> Key:
-    """A secret noise key: the given one, unless it is the public direction key; by default the operating system's entropy (S8)."""
+def unrelated_noise_key(noise_key: Key | None, direction_key: Key, pipeline: Domain, *params: Any) -> Key:
+    """The secret noise key of a run, from the given one or, by default, the operating system's entropy (S8).
+
+    Args:
+        noise_key: A key that does not follow from the direction key, nor the direction key from it.
+        direction_key: The public key of the directions.
+        pipeline: What runs.
+        params: The other arguments of `init`.
+
+    Raises:
+        TypeError: inside `jax.jit`, `jax.vmap` or `jax.eval_shape`.
+        ValueError: the keys are related, as far as `key_relations` can tell.
+    """
+    noise_keys.refuse_tracers("init of a private run", params, noise_key, direction_key)
     if noise_key is None:
-        return secret_key()
+        return noise_keys.run_key(secret_key(), pipeline)
     _validate.typed_key("noise_key", noise_key)
-    if np.array_equal(jax.random.key_data(noise_key), jax.random.key_data(direction_key)):
-        raise ValueError(
-            "noise_key is the direction key, which is public: anyone could subtract the noise. Leave it out, or give another (S8)."
-        )
-    return jax.random.clone(noise_key)
+    remedy = "Leave noise_key out, or give another, jaxdp.secret_key()."
+    if (found := relation(noise_key, direction_key, name="direction_key")) is not None:
+        what = "the direction key" if found == "direction_key itself" else f"derived from the direction key ({found})"
+        raise ValueError(f"noise_key is {what}, which is public: anyone could subtract the noise. {remedy}")
+    if (found := relation(direction_key, noise_key, name="noise_key")) is not None:
+        raise ValueError(f"direction_key, which is public, is derived from the secret noise_key ({found}). {remedy}")
+    return noise_keys.run_key(noise_key, pipeline)
 
 
 def check_examples(
@@ -120,7 +135,8 @@ def private_mean(
         contributed: Bool `[B]`; False for padding, and for what is known to be non-finite.
         plan: As `check_zeroth_order_plan` takes it.
         key: The secret noise key (S8).
-        step: Index of the step. One (key, step) must see one batch.
+        step: Index of the step. The noise is keyed by (key, step, digest of the clipped sum), so another batch at that step is
+            a release of its own (S8).
     """
     K = projected_gradients.shape[1]
     per_example = projected_gradients / K

@@ -18,6 +18,7 @@ import optax
 from jaxdp import _validate
 from jaxdp._typing import Batch, Key, Params
 from jaxdp.mechanism import Ledger, PrivacyPlan
+from jaxdp.noise_keys import Domain
 from jaxdp.zeroth_order import aggregation, directions, updates
 from jaxdp.zeroth_order.aggregation import NotPrivate, unrelated_noise_key
 from jaxdp.zeroth_order.directions import Law, Rademacher
@@ -157,7 +158,7 @@ def make_resident_step(
             tx.init(params),
             jnp.array(directions.words_of(direction_key), copy=True),
             np.zeros((), np.uint32),
-            None if plan is None else unrelated_noise_key(noise_key, direction_key),
+            None if plan is None else unrelated_noise_key(noise_key, direction_key, Domain.RESIDENT, params),
         )
 
     def moved(

@@ -17,6 +17,7 @@ from jaxdp._typing import Batch, Key, Params
 from jaxdp.block_model import BlockModel, BlockParams
 from jaxdp.mechanism import Ledger, PrivacyPlan
 from jaxdp.models.lazy_stack import LazyStack
+from jaxdp.noise_keys import Domain
 from jaxdp.zeroth_order import buckets, directions, programs, updates
 from jaxdp.zeroth_order.aggregation import NotPrivate, check_examples, check_zeroth_order_plan, unrelated_noise_key
 from jaxdp.zeroth_order.buckets import Layout, Part
@@ -254,6 +255,7 @@ def make_step(
         kept = None
         if frozen is not None:
             kept = _frozen(frozen, num_blocks, placement)
+        own_key = None if plan is None else unrelated_noise_key(noise_key, direction_key, Domain.ZEROTH_ORDER, params)
         return State(
             resident=on_device(jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), resident)),
             blocks=tuple(
@@ -267,7 +269,7 @@ def make_step(
             layout=layout,
             parts=parts,
             frozen=kept,
-            noise_key=None if plan is None else on_device(unrelated_noise_key(noise_key, direction_key)),
+            noise_key=None if own_key is None else on_device(own_key),
         )
 
     def step(

@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as npst
 from scipy import stats
 
 import jaxdp
+from jaxdp import noise_keys
 from jaxdp.zeroth_order import (
     ForwardMode,
     Journal,
@@ -22,6 +23,7 @@ from jaxdp.zeroth_order import (
     TwoSided,
     aggregation,
     header_of,
+    key_relations,
     loss_fn,
     make_resident_step,
     make_step,
@@ -104,6 +106,113 @@ def test_noise_does_not_follow_from_the_directions(key):
     assert not np.allclose(g_of(first_step(key, plan, noise_key=None)), g_of(first_step(key, plan, noise_key=None)))
     with pytest.raises(ValueError, match="noise_key is the direction key, which is public"):
         first_step(key, plan, noise_key=key)
+
+
+fold_in, split = jax.random.fold_in, jax.random.split
+DERIVED = {
+    "itself": lambda key: key,
+    "fold_in 0": lambda key: fold_in(key, 0),
+    "fold_in 4095": lambda key: fold_in(key, 4095),
+    "fold_in 2^31": lambda key: fold_in(key, 2**31),
+    "split": lambda key: split(key)[1],
+    "the last of 5000": lambda key: split(key, 5000)[-1],
+    "fold_in twice": lambda key: fold_in(fold_in(key, 3), 4095),
+    "split twice": lambda key: split(split(key, 9)[8], 4)[0],
+    "a run's": lambda key: noise_keys.run_key(key, noise_keys.Domain.DP_STEP),
+    "rbg": lambda key: jax.random.wrap_key_data(jnp.tile(jax.random.key_data(fold_in(key, 1)), 2), impl="rbg"),
+}
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_a_noise_key_that_follows_from_the_direction_key_is_refused(name):
+    """S8: and one from which the direction key follows. The message says how."""
+    key = jax.random.key(20201, impl="threefry2x32")
+    related = DERIVED[name](key)
+    start = functools.partial(aggregation.unrelated_noise_key, pipeline=noise_keys.Domain.RESIDENT)
+    with pytest.raises(
+        ValueError, match=r"noise_key is (derived from )?the direction key.* public: anyone .* jaxdp\.secret_key"
+    ):
+        start(related, key)
+    if name not in ("itself", "rbg"):
+        with pytest.raises(ValueError, match=r"direction_key, which is public, is derived from .* jaxdp\.secret_key"):
+            start(key, related)
+    siblings = fold_in(key, 17), fold_in(key, 18)
+    for noise_key in (jaxdp.secret_key(), NOISE_KEY, jax.random.key(3, impl="rbg")):
+        start(noise_key, key)
+    start(*siblings)  # of a secret key that nobody was given
+
+
+@pytest.mark.parametrize("partitionable", [True, False])
+def test_the_older_split_is_searched(partitionable):
+    """Its keys are halves of two blocks: up to 4096 of them where it is the one in use, up to 256 elsewhere."""
+    key = jax.random.key(20201, impl="threefry2x32")
+    with jax.threefry_partitionable(False):
+        found = {(n, j): split(key, n)[j] for n, j in ((2, 0), (2, 1), (7, 3), (256, 255), (4096, 4095), (4095, 2047))}
+    with jax.threefry_partitionable(partitionable):
+        for (n, j), child in found.items():
+            expected = f"jax.random.split(parent, {n})[{j}], of the older kind"
+            is_tried = n <= 256 or not partitionable
+            assert key_relations.relation(child, key, name="parent") == (expected if is_tried else None)
+        assert key_relations.relation(jax.random.key(4), key, name="parent") is None
+
+
+def test_the_cipher_is_that_of_jax_and_runs_backwards():
+    words = np.random.default_rng(0).integers(0, 2**32, (4, 50), dtype=np.uint32)
+    key, counter = tuple(words[:2]), tuple(words[2:])
+    block = key_relations._encrypted(key, *counter)
+    for i in range(50):
+        expected = jax.extend.random.threefry_2x32(jnp.asarray(words[:2, i]), jnp.asarray(words[2:, i]))
+        assert (int(block[0][i]), int(block[1][i])) == tuple(expected.tolist())
+    np.testing.assert_array_equal(key_relations._decrypted(key, *block), counter)
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "laplace"])
+def test_one_key_and_step_with_two_batches_draw_two_noises(noise):
+    """S8: equal noise would cancel, and the difference of two releases be that of two sums, in the clear."""
+    K, num_steps = (4000, 1) if noise == "gaussian" else (1, 2000)
+    batches = np.random.default_rng(4).normal(size=(2, B, K)).astype(np.float32)
+    counts = jnp.ones(B, bool)
+
+    def released(batch, noise_multiplier):
+        plan = plan_of(noise_multiplier=noise_multiplier, noise=noise)
+        one = lambda step: aggregation.private_mean(jnp.asarray(batch), counts, plan, key=NOISE_KEY, step=step)  # noqa: E731
+        return np.asarray(jax.jit(jax.vmap(one))(jnp.arange(num_steps)), np.float64) * B / K
+
+    noisy, exact = [[released(batch, sigma) for batch in batches] for sigma in (1.0, 0.0)]
+    assert np.abs(exact[0] - exact[1]).max() > 1e-3
+    found = ((noisy[0] - noisy[1]) - (exact[0] - exact[1])).ravel()
+    assert found.std() == pytest.approx(2.0 if noise == "laplace" else np.sqrt(2), rel=0.1)
+    assert stats.kstest(found, stats.norm(0, 1).cdf).pvalue < 1e-6
+    np.testing.assert_array_equal(released(batches[0], 1.0), noisy[0])  # the same work is the same release
+
+
+def test_runs_of_one_key_with_two_batches_draw_two_noises(key):
+    """Through the steps; with the same batch, blocks and resident runs each repeat themselves."""
+    C = 1e-3
+    plan = plan_of(clip_norm=C, noise_multiplier=1e3)
+    init, step = make_resident_step(functools.partial(loss_fn, toy()), optax.sgd(1e-2), plan=plan)
+    other = jax.tree.map(lambda leaf: leaf + 1, toy_batch())
+
+    def of_resident(batch):
+        state = init(toy_params(), direction_key=key, noise_key=NOISE_KEY)
+        return np.asarray(step(state, batch)[1].projected_gradients)
+
+    def of_blocks(batch):
+        return g_of(first_step(key, plan, batch))
+
+    farthest = 2 * B * C / B  # that two sums can be apart
+    for run in (of_resident, of_blocks):
+        np.testing.assert_array_equal(run(toy_batch()), run(toy_batch()))
+        assert np.abs(run(toy_batch()) - run(other)).max() > farthest
+    assert np.abs(of_resident(toy_batch()) - of_blocks(toy_batch())).max() > farthest  # two pipelines, two domains
+
+
+def test_a_private_run_is_not_started_inside_a_transformation(key):
+    init, _ = make_resident_step(functools.partial(loss_fn, toy()), optax.sgd(1e-2), plan=plan_of())
+    for noise_key in (None, NOISE_KEY):
+        for transformed in (jax.jit, lambda f: functools.partial(jax.eval_shape, f)):
+            with pytest.raises(TypeError, match="init of a private run was called inside a JAX transformation"):
+                transformed(lambda params, k=noise_key: init(params, direction_key=key, noise_key=k))(toy_params())
 
 
 @settings(max_examples=60, deadline=None)
