@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from jaxdp import _validate, noise_keys
+from jaxdp import _replicas, _validate, noise_keys
 from jaxdp._typing import Key, Params
 from jaxdp.clipping import clip_and_sum
 from jaxdp.mechanism import PrivacyPlan, check_batch, check_gradient_plan, privatize
@@ -47,10 +47,14 @@ def _plan_id(plan: PrivacyPlan) -> str:
 def dp_aggregate(plan: PrivacyPlan, key: Key) -> optax.GradientTransformationExtraArgs:
     """Turns per-example gradients into their private mean: clip, sum, add noise, divide by the expected batch size.
 
-    Put it first in `optax.chain`: everything after it is post-processing (S14), and nothing may come before it. `update`
-    takes gradients with a leading batch axis, as `jax.vmap(jax.grad(loss), (None, 0))` gives them, and
-    `is_padding_example=`; it ignores other extra arguments. Differentiate the trainable parameters only. It does not
-    combine with `optax.MultiSteps` or `optax.apply_every`, which would average raw gradients.
+    **Put it first in `optax.chain`.** Everything after it is post-processing (S14). **Nothing may come before it, and no error says
+    so**: what stands before it changes raw per-example gradients, which look the same afterwards. `optax.clip_by_global_norm`
+    and other normalizations scale each record by all others; `optax.trace`, `ema`, `apply_every` and every optimizer mix
+    records of several steps. One record then moves more than its clip norm, and the guarantee is void (S3). Around it,
+    `optax.MultiSteps` hands it averages without a batch axis, which it refuses.
+
+    `update` takes gradients with a leading batch axis, as `jax.vmap(jax.grad(loss), (None, 0))` gives them, and
+    `is_padding_example=`; it ignores other extra arguments. Differentiate the trainable parameters only.
 
     **Guarantee**: `plan.num_steps` updates on batches from `jaxdp.poisson_batches` are (plan.epsilon(), delta)-differentially
     private. Later updates are zero and release nothing (outside `jax.jit` they raise). Examples with a non-finite entry, and
@@ -58,7 +62,8 @@ def dp_aggregate(plan: PrivacyPlan, key: Key) -> optax.GradientTransformationExt
 
     Args:
         plan: The privacy numbers, from `jaxdp.plan`, with Gaussian noise.
-        key: A secret noise key, `jaxdp.secret_key()`: a fresh one for each process (S8). Each `init` derives a key of its own
+        key: A secret noise key, `jaxdp.secret_key()`: a fresh one whenever a program starts (S8), and in a group of processes
+            the same in all of them: drawn once, and broadcast. Each `init` derives a key of its own
             from it. Noise is a function of that, the step and the bits of the clipped sum (`jaxdp.noise_keys`).
 
     Returns:
@@ -67,7 +72,9 @@ def dp_aggregate(plan: PrivacyPlan, key: Key) -> optax.GradientTransformationExt
 
     Raises:
         TypeError: `init` is called inside `jax.jit`, `jax.vmap` or `jax.eval_shape`, where all calls would share a key.
-        ValueError: at trace time, if `params` is missing, or a leaf is not `[B, *param.shape]`, naming the leaf.
+        ValueError: at trace time, if `params` is missing, or a leaf is not `[B, *param.shape]`, naming the leaf; `update` inside
+            `jax.shard_map` or `jax.pmap`, where noise would be drawn on each device; `init` in a group of processes that differ
+            in key or plan.
     """
     check_gradient_plan(plan)
     _validate.typed_key("key", key)
@@ -76,10 +83,11 @@ def dp_aggregate(plan: PrivacyPlan, key: Key) -> optax.GradientTransformationExt
 
     def init(params: Params) -> DPAggregateState:
         noise_keys.refuse_tracers("init of dp_aggregate", params)
+        run = next(runs)
+        _replicas.check_noise_key(key, plan=plan, run=run)
         _refuse_masks(params)
         _validate.floating_params(params)
         clip_norms = jnp.asarray(plan.clipping.clip_norms(plan.clipping.groups(params)))
-        run = next(runs)
         # S8: a second run of one transformation must not repeat the noise of the first.
         noise_key = noise_keys.run_key(key, noise_keys.Domain.AGGREGATE, run)
         return DPAggregateState(noise_key, jnp.zeros((), jnp.int32), clip_norms, plan_id)
@@ -103,6 +111,7 @@ def dp_aggregate(plan: PrivacyPlan, key: Key) -> optax.GradientTransformationExt
                 "start a new state with init(params)."
             )
         _check_shapes(updates, params)
+        _replicas.check_released_once("the update of dp_aggregate")
         mask = check_batch(plan, updates, is_padding_example)
         exhausted = state.step >= plan.num_steps
         if not isinstance(exhausted, Tracer) and bool(exhausted):

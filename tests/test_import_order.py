@@ -9,6 +9,7 @@ FLOORS = {
     0: [
         "pallas_kernels",
         "jaxdp._files",
+        "jaxdp._replicas",
         "jaxdp._materialize",
         "jaxdp._typing",
         "jaxdp._validate",

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from dp_accounting import NeighboringRelation
 
-from jaxdp import _validate
+from jaxdp import _replicas, _validate
 from jaxdp._typing import Batch, LossFn, Params
 from jaxdp.clipping import ClippedSum, ClippingPolicy, check_policy
-from jaxdp.gradients import jaxprs
+from jaxdp.gradients import couplings, jaxprs
 from jaxdp.gradients.explanation import Explanation, explain
 from jaxdp.gradients.kernels import check_implementation, check_runs_here
 from jaxdp.gradients.methods import Method, Problem, check_method, choose_method, run_method
@@ -105,6 +105,7 @@ class ClippedGrad:
             raise ValueError(
                 f"clip_norms must have shape ({len(groups.names)},), one for each group, got {norms.shape}."
             )
+        _replicas.check_clipping(params, batch, method=self.method)
         self._check_fun(params, batch)
         params = jax.tree.map(jnp.asarray, params)
 
@@ -153,8 +154,7 @@ class ClippedGrad:
         return explain(plan, choose_method(self.method, self.clipping, plan), groups, rows)
 
     def _check_fun(self, params: Params, batch: Batch) -> None:
-        example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x)[1:], jnp.result_type(x)), batch)
-        out = jax.eval_shape(self.fun, params, example)
+        out = couplings.output_of_one_example(self.fun, params, batch)
         if self.has_aux:
             if not isinstance(out, tuple) or len(out) != 2:
                 raise TypeError(f"with has_aux=True, fun must return (loss, aux); it returned {out}.")
@@ -187,7 +187,9 @@ def clipped_grad(
     **Guarantee**: the sum changes by at most `sensitivity(relation)` in L2 norm when one record changes. It is not noised:
     on its own it is private data, for `jaxdp.make_dp_step` or `jaxdp.privatize` to release. Padding rows, and examples
     whose loss or gradient is not finite, contribute exactly zero. `fun` sees one example at a time, so no statistic can
-    couple two records (S3).
+    couple two records (S3): where `jax.vmap` would show it more (`custom_vmap`, `pure_callback`, primitives without a batching
+    rule) that part, under `"vmap"` all of it, runs one example after the other. Inside `jax.shard_map` and `jax.pmap`
+    the sum is of each device's own records.
 
     Args:
         fun: `fun(params, example) -> scalar`, or `-> (scalar, aux)` with `has_aux=True`; `example` has no batch axis. For
@@ -216,7 +218,9 @@ def clipped_grad(
         A `ClippedGrad`: `grad_fn(params, batch, is_padding_example=...) -> (sum, NotPrivate)`.
 
     Raises:
-        ValueError: `method` does not fit the policy, or is `"ghost"` and a leaf would be copied; when called.
+        ValueError: `method` does not fit the policy, or is `"ghost"` and a leaf would be copied; `fun` reads across an axis that is
+            bound outside of it, or keeps state from call to call; inside `jax.shard_map`, batch and parameters vary along
+            different axes; when called.
         NotImplementedError: the named `implementation` cannot run with this JAX or on this device; when called.
 
     Source: DP-SGD, arXiv 1607.00133; ghost norms, 2110.05679; book-keeping, 2210.00038; per-layer clipping in one backward

@@ -63,7 +63,7 @@ class Body:
 
 @dataclasses.dataclass(frozen=True)
 class Traced:
-    """A function of (params, example) as a jaxpr, and the pytree and the shapes of its output."""
+    """A function, such as one of (params, example), as a jaxpr, and the pytree and the shapes of its output."""
 
     body: Body
     out_tree: Any
@@ -75,9 +75,9 @@ class Traced:
         return find_couplings(self.body, derivative="reverse")
 
 
-def trace(fun: Callable[..., Any], params: Any, example: Any) -> Traced:
-    """Traces `fun(params, example)` at the shapes of its arguments, which may be `jax.ShapeDtypeStruct`s."""
-    closed, out_shape = jax.make_jaxpr(fun, return_shape=True)(params, example)
+def trace(fun: Callable[..., Any], *arguments: Any) -> Traced:
+    """Traces `fun(*arguments)`, as `fun(params, example)`, at the shapes of its arguments; `jax.ShapeDtypeStruct`s will do."""
+    closed, out_shape = jax.make_jaxpr(fun, return_shape=True)(*arguments)
     return Traced(Body.of(closed), tree_util.tree_structure(out_shape), out_shape)
 
 
@@ -182,7 +182,7 @@ class Couplings:
 
 #: Casts between types of manual axes: values stay as they are. `axis_index` tells a position, which is public.
 _NOT_COLLECTIVE = ("pvary", "pcast", "core_pvary", "reshard", "axis_index", "axis_size")
-#: What maps a callback without showing it two examples at once.
+#: What maps a function of the host or of another language without showing it two examples at once.
 _MAPPED_ONE_BY_ONE = ("sequential", "sequential_unrolled")
 
 
@@ -204,7 +204,7 @@ def find_couplings(body: Body, *, derivative: Literal["reverse", "forward"] | No
             collectives.update(dict.fromkeys(_collectives(eqn, bound)))
             if eqn.primitive.name == "io_callback" and (eqn.outvars or eqn.params.get("ordered")):
                 stateful["io_callback"] = None
-            why = _sees_a_batch(eqn)
+            why = sees_a_batch(eqn)
             if why is not None:
                 names[why] = None
             found = why is not None
@@ -230,23 +230,21 @@ def find_couplings(body: Body, *, derivative: Literal["reverse", "forward"] | No
 _CUSTOM_DERIVATIVES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "call_hi_primitive")
 
 
-def _sees_a_batch(eqn: Equation) -> str | None:
+def sees_a_batch(eqn: Equation) -> str | None:
     """Why `jax.vmap` of an equation may show it two examples at once, or is not defined; None if neither."""
     name = eqn.primitive.name
     if name == "custom_vmap_call":
         return "jax.custom_batching.custom_vmap"
-    if name == "pure_callback" and eqn.params.get("vmap_method") not in _MAPPED_ONE_BY_ONE:
-        return f"jax.pure_callback(vmap_method={eqn.params.get('vmap_method')!r})"
+    if "vmap_method" in eqn.params:  # `pure_callback` and `ffi_call`
+        vmap_method = eqn.params["vmap_method"]
+        return None if vmap_method in _MAPPED_ONE_BY_ONE else f"{name}(vmap_method={vmap_method!r})"
     if name.startswith("ragged_dot"):  # has rules for some of its forms only, and others in its gradient
         return name
-    if eqn.primitive in batching.fancy_primitive_batchers:  # of all that has a rule
+    if not eqn.invars or eqn.primitive in batching.fancy_primitive_batchers:  # all rules are in there
         return None
-    return None if _is_known_to_vmap(eqn) else name
-
-
-def _is_known_to_vmap(eqn: Equation) -> bool:
-    # Calls are mapped by the batching trace itself, and primitives of JAX's newer kind by a method of theirs.
-    return bool(_all_bodies(eqn)) or hasattr(eqn.params.get("_prim", eqn.primitive), "batch")
+    # What the batching trace maps by itself, and primitives of JAX's newer kind, which have a method for it.
+    is_known = name in _CUSTOM_DERIVATIVES or name in _INLINE
+    return None if is_known or hasattr(eqn.params.get("_prim"), "batch") else name
 
 
 def _axes_bound_by(eqn: Equation) -> frozenset[str]:

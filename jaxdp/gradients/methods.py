@@ -220,8 +220,8 @@ def _finish(problem: Problem, loss: jax.Array, aux: Any, norms: jax.Array, total
 def by_vmap(problem: Problem) -> Clipped:
     """The definition: the gradient of every example, clipped and summed."""
     traced = problem.traced
-    is_apart = bool(traced.couplings.apart)
-    fun = functools.partial(evaluate_alone, traced) if is_apart else problem.fun
+    is_apart = bool(apart := traced.couplings.apart)
+    fun = functools.partial(evaluate_alone, traced, apart) if is_apart else problem.fun
 
     def value_and_grad(params: Any, example: Any) -> Any:
         if problem.has_aux:

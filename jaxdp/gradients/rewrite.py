@@ -111,10 +111,16 @@ def evaluate(
     return _plain(outputs)
 
 
-def evaluate_alone(traced: jaxprs.Traced, params: Any, example: Any) -> Any:
-    """The output of the function for one example that is not mapped, without sites; `jax.grad` passes through `custom_vmap`."""
-    assignment = Assignment({}, {}, {}, {}, {}, traced.couplings.apart)
-    arguments = [*jax.tree.leaves(params), *jax.tree.leaves(example)]
+def evaluate_alone(traced: jaxprs.Traced, apart: frozenset[int], *arguments: Any) -> Any:
+    """The output of a function that is not mapped, without sites, and without `custom_vmap`, which JAX cannot linearize.
+
+    Args:
+        traced: The function.
+        apart: As of `jaxprs.Couplings`.
+        arguments: Its arguments.
+    """
+    assignment = Assignment({}, {}, {}, {}, {}, apart)
+    arguments = tuple(jax.tree.leaves(arguments))
     outputs = _run(traced.body, arguments, [False] * len(arguments), (), _Scope(assignment, {}))
     return jax.tree.unflatten(traced.out_tree, outputs)
 

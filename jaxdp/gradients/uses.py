@@ -275,7 +275,8 @@ def _recognize(eqn: jaxprs.Equation, operand: int, arrival: _Arrival, place: Pla
     elif name == "conv_general_dilated" and operand == 1:
         factoring = factors.conv(eqn, axes, view.shape)
     else:
-        return f"it enters `{name}`"
+        apart = ", which runs one example after the other" if jaxprs.sees_a_batch(eqn) else ""
+        return f"it enters `{name}`{apart}"
     if isinstance(factoring, str):
         return factoring
     return Use(place, arrival.loops, view, factoring, operand, other, eqn)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxdp import _validate, noise_keys
+from jaxdp import _replicas, _validate, noise_keys
 from jaxdp._typing import Key
 from jaxdp.clipping import Automatic, ClippedSum, Flat, Groups, Quantile
 from jaxdp.mechanism.privacy_plan import PrivacyPlan
@@ -68,9 +68,11 @@ def privatize(
             Another choice must differ where the sum does, other than by rounding.
 
     Raises:
-        ValueError: the plan has Laplace noise, and the sum is not one number.
+        ValueError: the plan has Laplace noise, and the sum is not one number; or it is called on each device of a `jax.shard_map`
+            or `jax.pmap`, unless JAX knows that the sum is the same on all of them.
     """
     _validate.typed_key("key", key)
+    _replicas.check_released_once("privatize", clipped)
     draws = _bound_keys(key, step, (clip_norms, clipped if bound_to is None else bound_to), plan)
     if plan.noise == "laplace":
         _refuse_all_but_one_number(plan, groups)

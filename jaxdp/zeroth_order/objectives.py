@@ -126,14 +126,12 @@ def host_objective(
             return math.nan
         return value if math.isfinite(value) else math.nan
 
-    def rows(answers: Any, references: Any) -> np.ndarray:
-        answers, references = np.asarray(answers), np.asarray(references)  # [..., T] and [..., L]
-        pairs = zip(answers.reshape(-1, answers.shape[-1]), references.reshape(-1, references.shape[-1]), strict=True)
-        return np.asarray([one(*pair) for pair in pairs], np.float32).reshape(answers.shape[:-1])
+    def row(answer: Any, reference: Any) -> np.ndarray:
+        return np.asarray(one(np.asarray(answer), np.asarray(reference)), np.float32)
 
     def scored(answer: jax.Array, reference: jax.Array) -> jax.Array:
-        return jax.pure_callback(
-            rows, jax.ShapeDtypeStruct((), jnp.float32), answer, reference, vmap_method="broadcast_all"
-        )
+        # One example a call: a callback of a whole batch could couple records, and the losses of the batch would run one by one.
+        shape = jax.ShapeDtypeStruct((), jnp.float32)
+        return jax.pure_callback(row, shape, answer, reference, vmap_method="sequential")
 
     return scored

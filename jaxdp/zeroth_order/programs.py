@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,14 @@ from jax import lax
 
 from jaxdp._typing import Batch, Key, Params
 from jaxdp.block_model import BlockModel
+from jaxdp.gradients.couplings import over_batch
 from jaxdp.mechanism import PrivacyPlan
 from jaxdp.models.trainable import join
 from jaxdp.zeroth_order import aggregation, buckets, directions, updates
 from jaxdp.zeroth_order.aggregation import NotPrivate
 from jaxdp.zeroth_order.buckets import Bucket, Layout, Part
 from jaxdp.zeroth_order.directions import Law, LowRank
-from jaxdp.zeroth_order.estimators import Estimator
+from jaxdp.zeroth_order.estimators import Estimator, ForwardMode
 from jaxdp.zeroth_order.stages import stage
 from jaxdp.zeroth_order.updates import Pending, Rounding, Scalars, Sgd
 
@@ -248,18 +249,21 @@ def _probed(
             return drawn(params)
         return [drawn(part.whole.block(), number) for number in part.numbers]
 
-    lifted = _on_batch(fun, frozen, context.batch)
+    derivative = "forward" if isinstance(spec.estimator, ForwardMode) else None
+    lifted = _on_batch(fun, frozen, context.batch, derivative=derivative)
     return spec.estimator.lift(lifted, params, direction, streams, is_factored=is_factored)
 
 
-def _on_batch(fun: Callable[..., Any], frozen: Params, batch: Batch) -> Callable[[Params, Any], Any]:
+def _on_batch(
+    fun: Callable[..., Any], frozen: Params, batch: Batch, *, derivative: Literal["forward"] | None = None
+) -> Callable[[Params, Any], Any]:
     """A part of the model on a batch, with the frozen parameters joined in."""
 
     def on_batch(params: Params, hidden: Any) -> Any:
         whole = params if frozen is None else join(params, frozen)
         if hidden is None:
-            return jax.vmap(lambda example: fun(whole, example))(batch)
-        return jax.vmap(lambda hidden, example: fun(whole, hidden, example))(hidden, batch)
+            return over_batch(lambda example: fun(whole, example), batch, derivative=derivative)
+        return over_batch(lambda hidden, example: fun(whole, hidden, example), hidden, batch, derivative=derivative)
 
     return on_batch
 

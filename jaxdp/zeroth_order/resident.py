@@ -15,14 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxdp import _validate
+from jaxdp import _replicas, _validate
 from jaxdp._typing import Batch, Key, Params
+from jaxdp.gradients.couplings import over_batch
 from jaxdp.mechanism import Ledger, PrivacyPlan
 from jaxdp.noise_keys import Domain
 from jaxdp.zeroth_order import aggregation, directions, updates
 from jaxdp.zeroth_order.aggregation import NotPrivate, unrelated_noise_key
 from jaxdp.zeroth_order.directions import Law, Rademacher
-from jaxdp.zeroth_order.estimators import Estimator, TwoSided
+from jaxdp.zeroth_order.estimators import Estimator, ForwardMode, TwoSided
 from jaxdp.zeroth_order.transform import direction, expanded
 
 
@@ -135,7 +136,8 @@ def make_resident_step(
 
     Returns:
         `init(params, *, direction_key, noise_key=None) -> ResidentState` copies `params`. Under a plan the noise key is drawn from
-        the operating system's entropy unless it is given.
+        the operating system's entropy unless it is given; in a group of processes it must be given, and processes that differ
+        in it, the plan or the direction key raise a ValueError.
 
         `step(state, batch, is_padding_example=None, frozen=None) -> (ResidentState, ResidentInfo)` is compiled once and donates
         the parameters and the optimizer's state: use the state it returns. Under a plan the mask is that of
@@ -152,6 +154,8 @@ def make_resident_step(
 
     def init(params: Params, *, direction_key: Key, noise_key: Key | None = None) -> ResidentState:
         _validate.floating_params(params)
+        if plan is not None:
+            _replicas.check_noise_key(noise_key, plan=plan, direction_key=direction_key)
         params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)  # the step donates its input
         return ResidentState(
             params,
@@ -221,9 +225,9 @@ def _probed(
 
     def part(params: Params, streams: Any) -> jax.Array:
         del streams
-        if frozen is None:
-            return jax.vmap(lambda example: loss_fn(params, example))(batch)
-        return jax.vmap(lambda example: loss_fn(params, example, frozen))(batch)
+        further = () if frozen is None else (frozen,)
+        derivative = "forward" if isinstance(estimator, ForwardMode) else None
+        return over_batch(lambda example: loss_fn(params, example, *further), batch, derivative=derivative)
 
     lifted = estimator.lift(part, params, lambda k: direction(law, params, root=root, step=step, k=k), None)
     projected, losses = estimator.results(lifted)  # [K, B], [B]
