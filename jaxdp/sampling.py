@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from jaxdp import _validate
+from jaxdp import _replicas, _validate
 from jaxdp._typing import Batch
 
 
@@ -67,7 +67,8 @@ def poisson_batches(
         rows, and `is_padding_example`, bool `[padded_batch_size]`. An empty draw is all padding, and a step like any other.
 
     Raises:
-        ValueError: the source is empty, has another length than the plan, or its examples differ in shape.
+        ValueError: the source is empty, has another length than the plan, or its examples differ in shape; the processes of a group
+            (`jax.distributed`) differ in `rng`, the plan's numbers or `start_step`: a batch is one draw that all of them share.
     """
     start_step = _validate.nonnegative_integer("start_step", start_step)
     if start_step > 0 and isinstance(rng, np.random.Generator):
@@ -77,6 +78,7 @@ def poisson_batches(
             "seed.entropy with the checkpoint, and resume with np.random.SeedSequence(entropy)."
         )
     seed = _seed_sequence(rng)
+    _replicas.check_sampling(seed, (plan.num_examples, plan.sampling_prob, plan.padded_batch_size, start_step))
     rows = _Rows(source)
     if rows.num_examples != plan.num_examples:
         raise ValueError(

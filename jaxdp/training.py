@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from jaxdp import _validate, noise_keys
+from jaxdp import _replicas, _validate, noise_keys
 from jaxdp._typing import Batch, Key, LossFn, Params
 from jaxdp.gradients import ClippedGrad, Method, NotPrivate, clipped_grad
 from jaxdp.mechanism import Ledger, PrivacyPlan, check_batch, check_gradient_plan, privatize
@@ -110,7 +110,8 @@ def make_dp_step(
 
     Returns:
         `init(params, *, noise_key=None) -> TrainingState` copies `params` and, by default, draws the noise key from the
-        operating system's entropy. Inside `jax.jit`, `jax.vmap` or `jax.eval_shape` it raises a TypeError: all calls would
+        operating system's entropy; in a group of processes it must be given, the same in all of them, or init raises a
+        ValueError. Inside `jax.jit`, `jax.vmap` or `jax.eval_shape` it raises a TypeError: all calls would
         share a key.
 
         `step(state, batch, is_padding_example, frozen=None) -> (TrainingState, StepInfo)` is compiled once, whatever the
@@ -139,6 +140,7 @@ def make_dp_step(
 
     def init(params: Params, *, noise_key: Key | None = None) -> TrainingState:
         noise_keys.refuse_tracers("init", params, noise_key)
+        _replicas.check_noise_key(noise_key, plan=plan)
         _validate.floating_params(params)
         key = secret_key() if noise_key is None else _validate.typed_key("noise_key", noise_key)
         params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)  # the step donates its input

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdp import _validate
+from jaxdp import _replicas, _validate
 from jaxdp._typing import Batch, Key, Params
 from jaxdp.block_model import BlockModel, BlockParams
 from jaxdp.mechanism import Ledger, PrivacyPlan
@@ -188,7 +188,8 @@ def make_step(
         if they are large; each block is copied to its place. `frozen` are further `BlockParams`, nested dicts that the model's
         functions get joined with the trained ones; the trained blocks then stay on the device, and frozen ones travel one way.
         Frozen blocks may be quantized, `jaxdp.quantization.quantize_matrices`: they travel as they are and become weights there.
-        Under a plan the noise key is drawn from the operating system's entropy unless it is given.
+        Under a plan the noise key is drawn from the operating system's entropy unless it is given; in a group of processes it
+        must be given, and processes that differ in it, the plan or the direction key raise a ValueError.
 
         `step(state, batch, is_padding_example=None) -> (DeferredState, StepInfo)` takes either kind of state and consumes it:
         its arrays are changed in place or deleted. An interrupted step leaves no state; replay the trajectory. Under a plan the
@@ -255,6 +256,8 @@ def make_step(
         kept = None
         if frozen is not None:
             kept = _frozen(frozen, num_blocks, placement)
+        if plan is not None:
+            _replicas.check_noise_key(noise_key, plan=plan, direction_key=direction_key)
         own_key = None if plan is None else unrelated_noise_key(noise_key, direction_key, Domain.ZEROTH_ORDER, params)
         return State(
             resident=on_device(jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), resident)),
