@@ -27,6 +27,7 @@ class Mutation:
 GRADIENTS = "tests/gradients/test_clipped_grad.py"
 NORMS, ZOO = "tests/gradients/test_norms.py", "tests/gradients/test_zoo.py"
 PRIVATIZE = "tests/mechanism/test_privatize.py"
+COUPLINGS = "tests/gradients/test_couplings.py"
 MUTATIONS = {
     "noise_removed": Mutation(
         "jaxdp/mechanism/privatize.py", "if plan.noise_multiplier > 0:", "if False:", f"{PRIVATIZE} released_mean or independent"
@@ -354,6 +355,60 @@ MUTATIONS = {
         "    if high == 0:",
         "    if False:",
         "tests/zeroth_order/test_private.py follows_from",
+    ),
+    "batch_rule_of_a_loss_asked": Mutation(
+        "jaxdp/gradients/jaxprs.py", 'if name == "custom_vmap_call":', "if False:", f"{COUPLINGS} not_asked and book_keeping"
+    ),
+    "callback_sees_the_batch": Mutation(
+        "jaxdp/gradients/jaxprs.py",
+        'if "vmap_method" in eqn.params:',
+        "if False:",
+        f"{COUPLINGS} not_asked and per_layer",
+    ),
+    "rules_of_derivatives_not_read": Mutation(
+        "jaxdp/gradients/jaxprs.py",
+        "if is_custom and derivative is not None:",
+        "if False:",
+        f"{COUPLINGS} not_asked and book_keeping",
+    ),
+    "coupled_equations_mapped": Mutation(
+        "jaxdp/gradients/rewrite.py",
+        "is_apart = id(eqn) in scope.assignment.apart",
+        "is_apart = False",
+        f"{COUPLINGS} not_asked and per_layer",
+    ),
+    "coupled_gradients_mapped": Mutation(
+        "jaxdp/gradients/methods.py",
+        "is_apart = bool(apart := traced.couplings.apart)",
+        "is_apart = bool(apart := frozenset())",
+        f"{COUPLINGS} calls_back_for_one and broadcast",
+    ),
+    "collectives_allowed": Mutation(
+        "jaxdp/gradients/couplings.py", "if couplings.collectives:", "if False:", f"{COUPLINGS} outer_axis and psum"
+    ),
+    "state_between_records_allowed": Mutation(
+        "jaxdp/gradients/couplings.py", "if couplings.stateful:", "if False:", f"{COUPLINGS} state_from"
+    ),
+    "coupled_probes_mapped": Mutation(
+        "jaxdp/gradients/couplings.py", "if couplings.apart:", "if False:", f"{COUPLINGS} zeroth_order and two"
+    ),
+    "gradients_summed_over_devices": Mutation(
+        "jaxdp/_replicas.py", "if there == here:", "if True:", f"{COUPLINGS} axes_of_records"
+    ),
+    "noise_on_each_device": Mutation(
+        "jaxdp/_replicas.py", "if not varying and not unseen:", "if True:", f"{COUPLINGS} noise_is_not"
+    ),
+    "processes_not_compared": Mutation(
+        "jaxdp/_replicas.py",
+        "if np.any(everywhere != everywhere[:1]):",
+        "if False:",
+        "tests/test_many_processes.py shared or one_draw",
+    ),
+    "a_noise_key_for_each_process": Mutation(
+        "jaxdp/_replicas.py", "if noise_key is None:", "if False:", "tests/test_many_processes.py draws_no_key and resident"
+    ),
+    "a_sample_for_each_process": Mutation(
+        "jaxdp/sampling.py", "_replicas.check_sampling(", "str(", "tests/test_many_processes.py one_draw"
     ),
 }  # fmt: skip
 
