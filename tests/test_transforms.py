@@ -196,3 +196,12 @@ def test_per_layer_groups_an_nnx_layer_as_one():
     groups = jaxdp.per_layer(1.0).groups(nnx.state(model, nnx.Param))
     assert len(groups.names) == 2
     assert sorted(groups.sizes) == [6, 8]
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_averages_of_multi_steps_are_refused(key, jit):
+    tx = optax.MultiSteps(jaxdp.dp_aggregate(make_plan(), key), 2).gradient_transformation()
+    params = {"w": jnp.ones(3)}
+    update = jax.jit(tx.update) if jit else tx.update
+    with jax.numpy_rank_promotion("allow"), pytest.raises(ValueError, match="takes per-example gradients"):
+        update({"w": jnp.ones((8, 3))}, tx.init(params), params, is_padding_example=np.zeros(8, bool))
