@@ -27,6 +27,8 @@ from jax.custom_batching import custom_vmap
 
 Tree = TypeVar("Tree")
 
+_LARGE = 2**20  # bytes: below, a copy costs less than compiling a loop
+
 
 def materialize(tree: Tree) -> Tree:
     """The same bits, in buffers that no consumer can recompute.
@@ -82,3 +84,30 @@ def _behind_a_loop(arrays: list[jax.Array]) -> list[jax.Array]:
         return done + 1, [-array for array in arrays]
 
     return lax.while_loop(lambda carry: carry[0] < rounds, negated, (jnp.int32(0), arrays))[1]
+
+
+def zero_rows(x: jax.Array, keep: jax.Array) -> jax.Array:
+    """x `[R, n]` with the rows that are not to be kept set to zero, in place where no other reader is left.
+
+    On a CPU a `where` would be a second array of the size of all per-example gradients, since products do not fuse with what
+    they read; where these are large, a loop over the rows in question, of which there are few, writes these alone.
+    """
+
+    def selected(x: jax.Array, keep: jax.Array) -> jax.Array:
+        return jnp.where(keep[:, None], x, jnp.zeros_like(x))
+
+    in_place = _zero_in_a_loop if x.size * x.dtype.itemsize >= _LARGE else selected
+    with jax.named_scope("jaxdp_zeroed"):
+        return lax.platform_dependent(x, keep, cpu=in_place, default=selected)
+
+
+def _zero_in_a_loop(x: jax.Array, keep: jax.Array) -> jax.Array:
+    rows = jnp.argsort(keep)  # False first
+    count = jnp.sum(~keep, dtype=jnp.int32)
+    zero = jnp.zeros((1, x.shape[1]), x.dtype)
+
+    def zero_one(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        done, x = carry
+        return done + 1, lax.dynamic_update_slice_in_dim(x, zero, rows[done], axis=0)
+
+    return lax.while_loop(lambda carry: carry[0] < count, zero_one, (jnp.int32(0), x))[1]

@@ -18,7 +18,7 @@ import functools
 import re
 from typing import Any, TypeAlias
 
-NORM, SUM, FACTORS, WALL = "jaxdp_norm", "jaxdp_sum", "jaxdp_factors", "jaxdp_wall"
+NORM, SUM, FACTORS, WALL, ZEROED = "jaxdp_norm", "jaxdp_sum", "jaxdp_factors", "jaxdp_wall", "jaxdp_zeroed"
 
 # Each gives the same bits wherever it is computed: a kernel may repeat it.
 _LOGIC = "and not or xor compare select is-finite shift-left shift-right-arithmetic shift-right-logical"
@@ -110,7 +110,10 @@ class Program:
         return [
             each
             for each in self.instructions.values()
-            if each.is_in(scope) and each.opcode not in _NOT_ARITHMETIC and each.computation not in self.applied
+            if each.is_in(scope)
+            and not each.is_in(ZEROED)  # a loop that writes zeros
+            and each.opcode not in _NOT_ARITHMETIC
+            and each.computation not in self.applied
         ]
 
     def leaves_unchanged(self, loop: Instruction, index: int) -> bool:
@@ -225,7 +228,7 @@ class _Walk:
         if one.opcode == "while":
             if one.is_in(WALL) or not path:
                 return {buffer}
-            if program.leaves_unchanged(one, path[0]):
+            if one.is_in(ZEROED) or program.leaves_unchanged(one, path[0]):  # the first writes zeros only
                 return set(self.sources(program.operand(one, 0), path, None))
             return {buffer}
         if one.opcode == "conditional":

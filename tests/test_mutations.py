@@ -26,6 +26,7 @@ class Mutation:
 
 GRADIENTS = "tests/gradients/test_clipped_grad.py"
 NORMS, ZOO = "tests/gradients/test_norms.py", "tests/gradients/test_zoo.py"
+CANCELLING = "tests/gradients/test_cancelling.py"
 PRIVATIZE = "tests/mechanism/test_privatize.py"
 COUPLINGS = "tests/gradients/test_couplings.py"
 MUTATIONS = {
@@ -94,7 +95,7 @@ MUTATIONS = {
     ),
     "non_finite_example_multiplied_by_zero": Mutation(
         "jaxdp/clipping/aggregation.py",
-        "values = jnp.where(keep[..., None], values, 0.0)",
+        "values = zero_rows(values, keep.reshape(-1))",
         "values = values * 1.0",
         f"{GRADIENTS} non_finite and vmap",
     ),
@@ -227,7 +228,7 @@ MUTATIONS = {
     ),
     "convolutions_share_a_kernel_gradient": Mutation(
         "jaxdp/gradients/methods.py",
-        'one_by_one = jaxprs.contains(problem.traced.body, "conv_general_dilated")',
+        'one_by_one = is_apart or jaxprs.contains(traced.body, "conv_general_dilated")',
         "one_by_one = False",
         f"{ZOO} convolution_grouped and vmap",
     ),
@@ -409,6 +410,67 @@ MUTATIONS = {
     ),
     "a_sample_for_each_process": Mutation(
         "jaxdp/sampling.py", "_replicas.check_sampling(", "str(", "tests/test_many_processes.py one_draw"
+    ),
+    # One buffer for a norm and a sum (S4e).
+    "wall_removed": Mutation(
+        "jaxdp/_materialize.py",
+        "_materialize_all([leaves[k] for k in chosen])",
+        "[leaves[k] for k in chosen]",
+        f"{CANCELLING} no_more_than_the_bound or before_an_optimizer",
+    ),
+    "wall_removed_from_operands": Mutation(
+        "jaxdp/gradients/rewrite.py", "materialize_one(x))", "x)", f"{CANCELLING} buffers and mlp_of_one_token"
+    ),
+    "wall_removed_from_cotangents": Mutation(
+        "jaxdp/gradients/sites.py",
+        "g, dx = materialize(g), None",
+        "dx = None",
+        f"{CANCELLING} buffers and mlp_of_one_token",
+    ),
+    "joint_gradient_computed_twice": Mutation(
+        "jaxdp/gradients/finishing.py",
+        "whole = materialize(lax.map(gradient, payloads) if has_axis else gradient(payloads))",
+        "whole = lax.map(gradient, payloads) if has_axis else gradient(payloads)",
+        f"{CANCELLING} buffers and one_weight_in_two_layers",
+    ),
+    "second_pass_not_clipped_again": Mutation(
+        "jaxdp/gradients/methods.py",
+        'jnp.sqrt(jnp.where(now > rows["square"], rows["square"] / now, 1.0))',
+        "jnp.ones_like(now)",
+        f"{CANCELLING} second_pass",
+    ),
+    "audit_of_sums_alone": Mutation(
+        "jaxdp/auditing/dp_sgd.py",
+        '"differences": _least_noise(canaries, blank, signs, plan.noise_multiplier),',
+        '"differences": (signs[:, None] * canaries).sum(axis=0),',
+        "tests/test_auditing.py cancels_in_differences and dp_sgd_report",
+    ),
+    "audit_of_zeroth_order_sums_alone": Mutation(
+        "jaxdp/auditing/zeroth_order.py",
+        "return array - (means / counts)[alike]",
+        "return array",
+        "tests/test_auditing.py cancels_in_differences and zeroth_order_report",
+    ),
+    "audit_without_a_union_bound": Mutation(
+        "jaxdp/auditing/one_run.py",
+        "return [significance * first] + [significance * (1 - first) / (num_kinds - 1)] * (num_kinds - 1)",
+        "return [significance] * num_kinds",
+        "tests/test_auditing.py all_kinds_of_scores",
+    ),
+    "audit_of_noise_each_draw_alone": Mutation(
+        "jaxdp/auditing/noise_check.py",
+        "np.triu(np.ones_like(deviates, bool), 1)",
+        "np.zeros_like(deviates, bool)",
+        "tests/auditing/test_direct_checks.py one_draw_twice or nine_times_in_ten",
+    ),
+    "audit_of_canaries_that_are_not_there": Mutation(
+        "jaxdp/auditing/clip_check.py",
+        "release(trial.batch(canary), False)",
+        "release(trial.batch(canary), True)",
+        "tests/auditing/test_direct_checks.py moves_the_sum",
+    ),
+    "audit_that_promises_what_it_sees_half_the_time": Mutation(
+        "jaxdp/auditing/power.py", "_SEEN = 95", "_SEEN = 50", "tests/auditing/test_power.py nine_times_in_ten"
     ),
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxdp._materialize import materialize
+from jaxdp._materialize import materialize, zero_rows
 from jaxdp.clipping.policies import ClippingPolicy, Groups, LeafGroup
 
 
@@ -51,9 +51,9 @@ def sum_rows(rows: jax.Array, factors: jax.Array, keep: jax.Array) -> jax.Array:
         keep: Bool, as `factors`.
     """
     dtype = accumulator(rows.dtype)
-    values = rows.astype(dtype).reshape(*factors.shape, -1)
-    values = jnp.where(keep[..., None], values, 0.0)  # S9: zero before the product, since 0 * inf is NaN
-    factors = factors.astype(dtype)
+    values = rows.astype(dtype).reshape(factors.size, -1)
+    values = zero_rows(values, keep.reshape(-1))  # S9: zero before the product, since 0 * inf is NaN
+    values, factors = values.reshape(*factors.shape, -1), factors.astype(dtype)
     if factors.ndim == 1 or factors.shape[1] == 1:  # the matrix product that XLA does best
         total = jnp.matmul(
             factors.reshape(-1), values.reshape(len(values), -1), precision=lax.Precision.HIGHEST
