@@ -14,9 +14,21 @@ from scipy import special, stats
 
 import jaxdp
 from jaxdp import auditing, noise
-from jaxdp.auditing import Guesses, audit, broken, dp_sgd_run, is_rejected, pair_curve, zeroth_order_run
-from jaxdp.auditing.bounds import guess, p_value_of_pair
-from jaxdp.auditing.one_run import curve_lower_bound
+from jaxdp.auditing import (
+    Guesses,
+    audit,
+    broken,
+    broken_step,
+    broken_zeroth_order_step,
+    dp_sgd_run,
+    is_rejected,
+    pair_curve,
+    zeroth_order_run,
+)
+from jaxdp.auditing.bounds import fewest_rejected, guess, p_value_of_pair
+from jaxdp.auditing.curves import with_noise
+from jaxdp.auditing.dp_sgd import routes
+from jaxdp.auditing.one_run import curve_lower_bound, report as report_of_scores, significances
 from jaxdp.zeroth_order import Placement
 
 pytestmark = pytest.mark.unoptimized
@@ -37,20 +49,31 @@ def plan_of(*, mu=1.0, num_steps=8, sampling_prob=1.0, num_canaries=1000, noise_
     )
 
 
-def dp_sgd_report(plan, fault="none", *, seed=0):
+def dp_sgd_report(plan, fault="none", *, seed=0, ways=("book_keeping",)):
+    """By one way, unless all are asked for: each is a program to compile."""
     rng = np.random.default_rng(seed)
-    really = broken(plan, fault, canary_norm=CANARY_NORM)
-    return audit(plan, dp_sgd_run(really, canary_norm=CANARY_NORM, rng=rng, noise_key=jax.random.key(seed)), rng=rng)
+    really = broken(plan, fault, canary_norm=CANARY_NORM) if fault == "no-sampling" else plan
+    run = dp_sgd_run(
+        really,
+        canary_norm=CANARY_NORM,
+        rng=rng,
+        noise_key=jax.random.key(seed),
+        ways=ways,
+        make_step=broken_step(fault, canary_norm=CANARY_NORM),
+    )
+    return audit(plan, run, rng=rng)
 
 
 def zeroth_order_report(plan, fault="none", *, num_directions=16, seed=0):
     rng = np.random.default_rng(seed)
+    really = broken(plan, fault, canary_norm=CANARY_NORM) if fault == "no-sampling" else plan
     run = zeroth_order_run(
-        broken(plan, fault, canary_norm=CANARY_NORM),
+        really,
         num_directions=num_directions,
         canary_norm=CANARY_NORM,
         rng=rng,
         noise_key=jax.random.key(seed),
+        make_step=broken_zeroth_order_step(fault, canary_norm=CANARY_NORM),
     )
     return audit(plan, run, rng=rng)
 
@@ -236,15 +259,83 @@ def test_one_direction_is_enough():
     """DPZero: all canaries share one number a step."""
     plan = plan_of(num_steps=1500)
     assert zeroth_order_report(plan, num_directions=1).passed
-    assert not zeroth_order_report(plan, "half-noise", num_directions=1).passed
+    rng = np.random.default_rng(0)
+    third = with_noise(plan, plan.noise_multiplier / 3)
+    run = zeroth_order_run(third, num_directions=1, canary_norm=CANARY_NORM, rng=rng, noise_key=jax.random.key(0))
+    assert not audit(plan, run, rng=rng).passed
 
 
-def test_the_score_of_a_canary_is_its_own():
-    """Without noise, a score shows the canary's clipped norm times the steps, or nothing; and no other canary."""
+@pytest.mark.parametrize("period", ["noise-reused", "noise-reused-every-other-step"])
+@pytest.mark.parametrize("report_of", [dp_sgd_report, zeroth_order_report])
+def test_noise_that_is_reused_cancels_in_differences_of_steps(report_of, period):
+    """Scores of steps alone pass it: there one constant is as good as any noise."""
+    plan = SAMPLED if report_of is dp_sgd_report else SHARED
+    found = report_of(plan, period)
+    assert not found.passed
+    steps, *differences = found.scores
+    assert steps.epsilon_lower_bound < found.claimed_epsilon
+    # A canary whose batches are pairs of steps alike has no difference.
+    assert max(score.guesses.num_correct for score in differences) > 0.95 * steps.guesses.num_guesses
+
+
+def test_noise_that_is_reused_shows_where_every_record_is_in_every_step():
+    """What a canary adds would cancel with the noise, if it were the same in each step: the public signs tell them apart."""
+    assert dp_sgd_report(FULL).passed
+    assert not dp_sgd_report(FULL, "noise-reused").passed
+
+
+def test_a_run_takes_turns_of_all_ways_and_each_leaf_has_a_route_of_its_own():
+    assert set(routes().values()) == {"dense", "embedding", "copy", "joint"}
+    ways = ("vmap", "book_keeping", "two_pass", "dp_aggregate")
+    assert dp_sgd_report(FULL, ways=ways).passed
+    # A quarter of the steps is by this method.
+    assert not dp_sgd_report(FULL, "no-clip-in-one-method", ways=ways).passed
+
+
+def test_a_score_of_steps_is_the_log_likelihood_ratio_of_the_canary_alone():
+    """Without noise, each step shows the canary's clipped norm, or nothing; and no other canary."""
     coins = np.arange(1000) % 3 == 0
     plan = dataclasses.replace(plan_of(num_steps=5), noise_multiplier=0.0)
-    scores = dp_sgd_run(plan, canary_norm=CANARY_NORM, rng=np.random.default_rng(0))(coins)
-    np.testing.assert_allclose(scores, 5.0 * coins, rtol=1e-5)
+    found = dp_sgd_run(plan, canary_norm=CANARY_NORM, rng=np.random.default_rng(0), ways=("book_keeping",))(coins)
+    least = 1e-3  # noise below which the claim is not asked for more
+    np.testing.assert_allclose(found["steps"], 5 * (2.0 * coins - 1) / (2 * least**2), rtol=1e-4)
+    assert found["differences"][coins].min() > found["differences"][~coins].max()
+
+
+def test_false_alarms_over_all_kinds_of_scores_are_as_rare_as_stated():
+    """F kinds of scores of one exact mechanism, as unlike as scores can be: of F independent runs. Each has a share."""
+    rng, m, count = np.random.default_rng(11), 1000, 400
+    plan = plan_of()
+    shares = significances(SIGNIFICANCE, 3)
+    assert sum(shares) == pytest.approx(SIGNIFICANCE)
+    assert significances(SIGNIFICANCE, 1) == [SIGNIFICANCE]
+    # The worst case of a curve: with probability 0.045 nine coins in ten are shown, in one kind of scores at a time.
+    leak, accuracy = 0.045, 0.9
+    curve = pair_curve(np.array([0.0, special.logit(accuracy)]), np.array([leak * (2 * accuracy - 1), 0.0]))
+    fewest = [fewest_rejected(m, m, curve, significance=share) for share in shares]
+    alarms = 0
+    for _ in range(count):
+        coins = rng.random(m) < 0.5
+        shown = np.where(rng.random(m) < accuracy, coins, ~coins)
+        leaks = rng.random() < leak
+        kinds = [(shown if leaks else rng.random(m) < 0.5) + 1e-3 * rng.random(m) for _ in shares]
+        alarms += any(guess(kind, coins, m).num_correct >= least for kind, least in zip(kinds, fewest, strict=True))
+    assert alarms <= stats.binom.isf(1e-4, count, SIGNIFICANCE)
+    coins = rng.random(m) < 0.5
+    found = report_of_scores(
+        plan, {"a": coins + 0.0, "b": rng.random(m)}, coins, num_guesses=300, significance=SIGNIFICANCE
+    )
+    assert found.worst.name == "a"
+    assert not found.passed
+    assert found.scores[1].epsilon_lower_bound < found.claimed_epsilon
+
+
+def test_the_fewest_guesses_that_are_rejected_are_the_fewest():
+    curve = auditing.gaussian_curve(1.0)
+    fewest = fewest_rejected(1000, 300, curve, significance=SIGNIFICANCE)
+    assert is_rejected(Guesses(1000, 300, fewest), curve, significance=SIGNIFICANCE)
+    assert not is_rejected(Guesses(1000, 300, fewest - 1), curve, significance=SIGNIFICANCE)
+    assert fewest_rejected(1000, 3, curve, significance=1e-6) == 4
 
 
 def test_zeroth_order_scores_undo_what_the_canaries_share():
@@ -252,7 +343,7 @@ def test_zeroth_order_scores_undo_what_the_canaries_share():
     coins = np.arange(1000) % 3 == 0
     plan = dataclasses.replace(plan_of(num_steps=80), noise_multiplier=0.0)
     run = zeroth_order_run(plan, num_directions=16, canary_norm=CANARY_NORM, rng=np.random.default_rng(0))
-    np.testing.assert_allclose(run(coins), coins - 0.5, atol=0.01)
+    np.testing.assert_allclose(run(coins)["steps"], coins - 0.5, atol=0.01)
 
 
 def test_a_streamed_run_is_audited_as_a_resident_one():
@@ -269,7 +360,9 @@ def test_a_streamed_run_is_audited_as_a_resident_one():
         )
         return run(coins)
 
-    np.testing.assert_array_equal(scores(Placement(True)), scores(Placement(False)))
+    resident = scores(Placement(False))
+    for name, found in scores(Placement(True)).items():
+        np.testing.assert_array_equal(found, resident[name])
 
 
 @pytest.mark.parametrize("report_of", [dp_sgd_report, zeroth_order_report])
@@ -383,6 +476,17 @@ def test_bad_options_are_refused_before_the_run(options, message):
 def test_scores_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"scores of shape \(3,\)"):
         audit(FULL, lambda coins: np.zeros(3), rng=np.random.default_rng(0))
+
+
+def test_a_run_without_scores_is_refused():
+    with pytest.raises(ValueError, match="run returned no scores"):
+        audit(FULL, lambda coins: {}, rng=np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("fault", auditing.faults.FAULTS_OF_GRADIENTS)
+def test_a_fault_of_gradients_is_refused_for_zeroth_order_steps(fault):
+    with pytest.raises(ValueError, match="is one of DP-SGD"):
+        broken_zeroth_order_step(fault, canary_norm=CANARY_NORM)
 
 
 def test_impossible_guesses_are_refused():

@@ -453,7 +453,7 @@ MUTATIONS = {
     ),
     "audit_without_a_union_bound": Mutation(
         "jaxdp/auditing/one_run.py",
-        "return [significance * first] + [significance * (1 - first) / (num_kinds - 1)] * (num_kinds - 1)",
+        "return [0.8 * significance] + [0.2 * significance / others] * others if others else [significance]",
         "return [significance] * num_kinds",
         "tests/test_auditing.py all_kinds_of_scores",
     ),

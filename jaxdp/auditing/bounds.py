@@ -130,6 +130,19 @@ def is_rejected(guesses: Guesses, curve: Curve, *, significance: float) -> bool:
     return False
 
 
+def fewest_rejected(num_canaries: int, num_guesses: int, curve: Curve, *, significance: float) -> int:
+    """The least number of right guesses that `is_rejected`; num_guesses + 1 if none is."""
+
+    def rejected(num_correct: int) -> bool:
+        return is_rejected(Guesses(num_canaries, num_guesses, num_correct), curve, significance=significance)
+
+    low, high = 0, num_guesses + 1  # low is not rejected: no guess is right
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if rejected(middle) else (middle, high)
+    return high
+
+
 def largest_rejected(rejected: Callable[[float], bool], low: float, high: float, tolerance: float) -> float:
     """By bisection, a point below the end of the rejected part [low, end) of [low, high], by `tolerance` at most; else `low`."""
     while high - low > tolerance:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +16,17 @@ from jaxdp._typing import Key
 from jaxdp.auditing.one_run import Run
 from jaxdp.mechanism import PrivacyPlan
 from jaxdp.sampling import poisson_batches
-from jaxdp.zeroth_order import BlockModel, BlockParams, Placement, Rademacher, Sgd, TwoSided, directions, make_step
+from jaxdp.zeroth_order import (
+    BlockModel,
+    BlockParams,
+    Placement,
+    Rademacher,
+    Sgd,
+    Steps,
+    TwoSided,
+    directions,
+    make_step,
+)
 
 _NUM_BLOCKS = 2
 
@@ -28,6 +39,7 @@ def zeroth_order_run(
     rng: np.random.Generator,
     noise_key: Key | None = None,
     placement: Placement | None = None,
+    make_step: Callable[..., Steps] = make_step,
 ) -> Run:
     """A run of the zeroth-order `make_step(..., plan=plan)` over batches of `poisson_batches` whose records are canaries.
 
@@ -40,7 +52,10 @@ def zeroth_order_run(
         y_t = q sum_i s_i v_ti + noise;    scores = (A^T A + 4 N I)^-1 A^T (y - A 1/2),    row (t, k) of A: q v_tik
 
     where N is the variance of the noise and of the sampling in one number. It takes num_steps K well above the number of canaries,
-    or noise well above what the canaries do to one another, C sqrt(m / 4K), for such scores to be as good as any.
+    or noise well above what the canaries do to one another, C sqrt(m / 4K), for such scores to be as good as any. These are the
+    scores "steps". Three more are of differences of steps, in which noise that is reused cancels: "differences from all" takes from
+    each step the mean of all, "differences two apart" that of all even or all odd steps, and "differences in pairs" that of steps
+    2j and 2j + 1; v alike, and N is that of the sampling alone.
 
     Args:
         plan: What the run does. It may differ from the plan that is audited: that is how an audit is tried out.
@@ -49,11 +64,12 @@ def zeroth_order_run(
         rng: Draws the batches and the directions.
         noise_key: Of the noise; fresh entropy by default.
         placement: Where the blocks wait.
+        make_step: `zeroth_order.make_step`, or what `broken_zeroth_order_step` gives.
     """
     norm = _validate.positive("canary_norm", canary_norm)
     K = _validate.positive_integer("num_directions", num_directions)
 
-    def run(is_included: np.ndarray) -> np.ndarray:
+    def run(is_included: np.ndarray) -> dict[str, np.ndarray]:
         m = len(is_included)
         width = -(-m // _NUM_BLOCKS)
         direction_key = jax.random.key(int(rng.integers(2**63)), impl="threefry2x32")
@@ -71,8 +87,8 @@ def zeroth_order_run(
             released.append(info.scalars.projected_gradients)
         sums = plan.expected_batch_size / K * np.asarray(jax.device_get(released), np.float64)  # [T, K]
         root = directions.words_of(direction_key)
-        signs = np.concatenate([_signs(root, np.uint32(step), K, width) for step in range(plan.num_steps)])
-        return _estimate(sums.reshape(-1), signs[:, :m], plan, K)
+        signs = np.stack([_signs(root, np.uint32(step), K, width) for step in range(plan.num_steps)])
+        return _scores(sums, signs[:, :, :m], plan)
 
     return run
 
@@ -104,14 +120,73 @@ def _signs(root: jax.Array, step: jax.Array, K: int, width: int) -> jax.Array:
     return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(ks, blocks).reshape(K, -1)
 
 
-def _estimate(sums: np.ndarray, signs: np.ndarray, plan: PrivacyPlan, K: int) -> np.ndarray:
-    """The coins minus 1/2 from the sums `[T K]` and the signs `[T K, m]`, by least mean squared error."""
-    m, q, C = signs.shape[1], plan.sampling_prob, plan.clipping.total_l2_clip_norm
-    scale = q * C / np.sqrt(K)
-    centered = sums - scale / 2 * signs.sum(axis=1, dtype=np.float64)
-    noise = (plan.noise_multiplier * C) ** 2 if plan.noise == "gaussian" else 2 * (plan.noise_multiplier * C) ** 2
-    variance = noise + m / 2 * q * (1 - q) * C**2 / K
-    gram = (signs.T @ signs).astype(np.float64)  # of integers below 2^24: exact in float32
-    # Without noise the ridge only keeps the equations solvable.
-    ridge = max(4 * variance / scale**2, 1e-6 * len(sums))
-    return linalg.solve(gram + ridge * np.eye(m), signs.T @ centered / scale, assume_a="pos")
+def _scores(sums: np.ndarray, signs: np.ndarray, plan: PrivacyPlan) -> dict[str, np.ndarray]:
+    """All scores `[m]`, from the sums `[T, K]` and the signs `[T, K, m]`."""
+    steps = np.arange(len(sums))
+    scores = {"steps": Estimator(signs, plan)(sums)}
+    for name, alike in (("from all", 0 * steps), ("two apart", steps % 2), ("in pairs", steps // 2)):
+        estimate = Estimator(_centered(signs, alike), plan, has_noise=False)
+        scores[f"differences {name}"] = estimate(_centered(sums, alike))
+    return scores
+
+
+def _centered(array: np.ndarray, alike: np.ndarray) -> np.ndarray:
+    """`[T, ...]` less the mean of the steps that are alike."""
+    means = np.zeros((int(alike.max()) + 1, *array.shape[1:]), np.float32)
+    np.add.at(means, alike, array)
+    counts = np.bincount(alike).reshape((-1,) + (1,) * (array.ndim - 1)).astype(np.float32)
+    return array - (means / counts)[alike]
+
+
+class Estimator:
+    """The coins minus 1/2 from sums, by least mean squared error; the equations are made once.
+
+    Args:
+        signs: `[T, K, m]`, of all steps, or differences of steps.
+        plan: What the run does.
+        has_noise: Whether the sums have the plan's noise, or that of the sampling alone.
+    """
+
+    def __init__(self, signs: np.ndarray, plan: PrivacyPlan, *, has_noise: bool = True):
+        T, K, m = signs.shape
+        q, C, sigma = plan.sampling_prob, plan.clipping.total_l2_clip_norm, plan.noise_multiplier
+        self.rows = signs.reshape(T * K, m)
+        self.scale = q * C / np.sqrt(K)
+        noise = (sigma * C) ** 2 * (1 if plan.noise == "gaussian" else 2)
+        variance = (noise if has_noise else 0.0) + m / 2 * q * (1 - q) * C**2 / K
+        # Without noise the ridge only keeps the equations solvable.
+        ridge = max(4 * variance / self.scale**2, (1e-6 if has_noise else 1e-3) * T * K)
+        gram = (self.rows.T @ self.rows).astype(np.float64)  # of integers below 2^24: exact in float32
+        self.factor = linalg.cho_factor(gram + ridge * np.eye(m), overwrite_a=True, check_finite=False)
+
+    def __call__(self, sums: np.ndarray) -> np.ndarray:
+        """`[m]` from `[T, K]`, or `[m, R]` from R runs `[T, K, R]`."""
+        flat = sums.reshape(len(self.rows), *sums.shape[2:])
+        middle = self.scale / 2 * self.rows.sum(axis=1, dtype=np.float64)
+        centered = flat - middle.reshape((-1,) + (1,) * (flat.ndim - 1))
+        return linalg.cho_solve(self.factor, self.rows.T @ centered.astype(np.float32) / self.scale, check_finite=False)
+
+
+def simulated_scores(
+    plan: PrivacyPlan, num_directions: int, rng: np.random.Generator, count: int
+) -> Callable[[float], tuple[np.ndarray, np.ndarray]]:
+    """Scores "steps" of `count` runs, of a model of the releases.
+
+    Returns:
+        A function from a fraction of the plan's noise to the coins and the scores, both `[m, count]`.
+    """
+    T, K, m = plan.num_steps, num_directions, plan.num_examples
+    signs = rng.choice(np.array([-1, 1], np.float32), (T, K, m))
+    estimate = Estimator(signs, plan)
+    q, C = plan.sampling_prob, plan.clipping.total_l2_clip_norm
+
+    def simulate(fraction: float) -> tuple[np.ndarray, np.ndarray]:
+        coins = rng.random((m, count)) < 0.5
+        sums = estimate.scale * (estimate.rows @ coins.astype(np.float32)).astype(np.float64)
+        # The sampler's luck, of about m / 2 canaries in each sum, as if it were normal.
+        sums += C * np.sqrt(m / 2 * q * (1 - q) / K) * rng.normal(size=sums.shape)
+        noise = rng.normal if plan.noise == "gaussian" else rng.laplace
+        sums += fraction * plan.noise_multiplier * C * noise(size=sums.shape)
+        return coins, estimate(sums.reshape(T, K, count))
+
+    return simulate

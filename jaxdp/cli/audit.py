@@ -6,7 +6,8 @@ import dataclasses
 import math
 import sys
 import warnings
-from typing import Annotated, Literal, TypeAlias
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal, TypeAlias
 
 import jax
 import numpy as np
@@ -17,13 +18,35 @@ import rich.table
 import jaxdp
 from jaxdp import _validate
 from jaxdp.accounting import format_epsilon
-from jaxdp.auditing import AuditReport, Fault, Run, audit, broken, check_claim, dp_sgd_run, zeroth_order_run
+from jaxdp.auditing import (
+    AuditReport,
+    Check,
+    Fault,
+    audit,
+    broken,
+    broken_step,
+    broken_zeroth_order_step,
+    cancelling_check,
+    check_claim,
+    dp_sgd_run,
+    noise_check,
+    ordinary_check,
+    power,
+    zeroth_order_check,
+    zeroth_order_noise_check,
+    zeroth_order_run,
+)
+from jaxdp.auditing.faults import FAULTS_OF_GRADIENTS
+from jaxdp.auditing.one_run import significances
 from jaxdp.cli import options
 
 MethodName: TypeAlias = Literal["dp-sgd", "dpzero", "dp-aggzo"]
 # The canaries' norm before the clip, in clip norms: a clip that is skipped shows.
 _CANARY_NORM = 10.0
-_DIRECTIONS = 16
+_RIGHT = "guessed right"  # a row for each kind of scores
+
+
+_NUM_DIRECTIONS: dict[MethodName, int] = {"dpzero": 1, "dp-aggzo": 16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +70,13 @@ class Audit:
 
     Canaries are records that nothing else resembles. Fair coins put each into a run or leave it out, a run releases its noisy sums,
     and the coins are guessed from them. Too many right guesses refute the claimed epsilon: `fail`, and exit status 1. A lower
-    bound is wrong with probability 5% at most; the estimate is no bound.
+    bound is wrong with probability 5% at most; the estimate is no bound. Beside the attack, direct checks measure how far one
+    record moves a step, and whether draws of noise are of the claimed size and independent. About a minute.
 
       jaxdp audit
       jaxdp audit --method dp-sgd --target-epsilon 1 --canaries 5000
       jaxdp audit --method dp-aggzo --fault half-noise
+      jaxdp audit --method dp-sgd --fault two-tensors
     """
 
     method: Annotated[tuple[MethodName, ...], options.hint("default: all", "{dp-sgd,dpzero,dp-aggzo} [...]")] = tuple(
@@ -89,19 +114,73 @@ def run(config: Audit) -> None:
         plans = _plans(config)
     for message in dict.fromkeys(str(warning.message) for warning in caught):
         print(f"warning: {message}", file=sys.stderr)
-    broken_plans = {name: broken(plan, config.fault, canary_norm=_CANARY_NORM) for name, plan in plans.items()}
-    reports = {}
-    console = rich.console.Console(stderr=True)  # silent without a terminal
-    for name, plan in plans.items():
-        rng = np.random.default_rng(config.seed)
-        with console.status(f"auditing {name}"):
-            reports[name] = audit(plan, _run(name, broken_plans[name], rng, config.seed), rng=rng)
-    _print_table(config, plans, reports)
-    refuted = [name for name, report in reports.items() if not report.passed]
+    results: dict[MethodName, _Result] = {name: _result(config, name, plan) for name, plan in plans.items()}
+    _print_table(config, plans, results)
+    _print_checks(plans, results)
+    refuted = [name for name, result in results.items() if not result.report.passed]
     if refuted:
         print(f"fail: {', '.join(refuted)} leaked more than the claimed epsilon allows.", flush=True)
+    for name, result in results.items():
+        if failed := [check.law for check in result.checks if not check.passed]:
+            print(f"fail: {name} broke its claim in a direct check: {'; '.join(failed)}.", flush=True)
+    if not all(result.passed for result in results.values()):
         raise SystemExit(1)
     print("pass: no run leaked more than its claim allows, as far as this attack can see.", flush=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Result:
+    report: AuditReport
+    refuted_noise: float
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        return self.report.passed and all(check.passed for check in self.checks)
+
+
+def _result(config: Audit, name: MethodName, plan: jaxdp.PrivacyPlan) -> _Result:
+    def say(what: str) -> None:
+        print(f"{name}: {what}", file=sys.stderr, flush=True)
+
+    rng = np.random.default_rng(config.seed)
+    # The sampler reads a plan of its own; all other faults are in the steps, which are given the claim.
+    really = broken(plan, config.fault, canary_norm=_CANARY_NORM) if config.fault == "no-sampling" else plan
+    noise_key = None if config.seed is None else jax.random.key(config.seed)
+    options: dict[str, Any] = {"canary_norm": _CANARY_NORM, "rng": rng, "noise_key": noise_key}
+    say(f"{plan.num_steps} steps with {plan.num_examples} canaries")
+    if name == "dp-sgd":
+        run = dp_sgd_run(really, make_step=broken_step(config.fault, canary_norm=_CANARY_NORM), **options)
+        simulate = power.dp_sgd_runs(plan, rng)
+    else:
+        K = _NUM_DIRECTIONS[name]
+        make = broken_zeroth_order_step(config.fault, canary_norm=_CANARY_NORM)
+        run = zeroth_order_run(really, num_directions=K, make_step=make, **options)
+        simulate = power.zeroth_order_runs(plan, K, rng)
+    report = audit(plan, run, rng=rng)
+    say("simulations of weaker noise, for the smallest fault that this attack sees")
+    share = significances(report.significance, len(report.scores))[0]
+    refuted_noise = power.refuted_noise(plan, simulate, significance=share)
+    return _Result(report, refuted_noise, tuple(_checks(config, name, plan, rng, say)))
+
+
+def _checks(
+    config: Audit, name: MethodName, plan: jaxdp.PrivacyPlan, rng: np.random.Generator, say: Callable[[str], None]
+) -> Iterator[Check]:
+    if name == "dp-sgd":
+        make = broken_step(config.fault, canary_norm=_CANARY_NORM)
+        say("the clip, of canaries in every route")
+        yield ordinary_check(canary_norm=_CANARY_NORM, make_step=make, rng=rng)
+        say("the clip, of canaries whose gradient cancels")
+        yield cancelling_check(make_step=make, rng=rng)
+        say("the noise of empty batches")
+        yield from noise_check(plan.noise_multiplier, make_step=make, rng=rng)
+    else:
+        steps = broken_zeroth_order_step(config.fault, canary_norm=_CANARY_NORM)
+        say("the clip of projected gradients")
+        yield zeroth_order_check(_NUM_DIRECTIONS[name], canary_norm=_CANARY_NORM, make_step=steps, rng=rng)
+        say("the noise of empty batches")
+        yield from zeroth_order_noise_check(plan.noise_multiplier, make_step=steps, rng=rng)
 
 
 def _plans(config: Audit) -> dict[MethodName, jaxdp.PrivacyPlan]:
@@ -115,6 +194,12 @@ def _plans(config: Audit) -> dict[MethodName, jaxdp.PrivacyPlan]:
     target_epsilon = config.target_epsilon
     if target_epsilon is None and config.noise_multiplier is None:
         target_epsilon = 4.0
+    zeroth_order = [name for name in config.method if name != "dp-sgd"]
+    if config.fault in FAULTS_OF_GRADIENTS and zeroth_order:
+        raise ValueError(
+            f"fault {config.fault!r} is one of DP-SGD, and {', '.join(zeroth_order)} has no layers, methods or gradients to break; "
+            "add --method dp-sgd."
+        )
     plans: dict[MethodName, jaxdp.PrivacyPlan] = {}
     for name in dict.fromkeys(config.method):
         defaults = _DEFAULTS[name]
@@ -132,50 +217,86 @@ def _plans(config: Audit) -> dict[MethodName, jaxdp.PrivacyPlan]:
     return plans
 
 
-def _run(name: MethodName, plan: jaxdp.PrivacyPlan, rng: np.random.Generator, seed: int | None) -> Run:
-    noise_key = None if seed is None else jax.random.key(seed)
-    if name == "dp-sgd":
-        return dp_sgd_run(plan, canary_norm=_CANARY_NORM, rng=rng, noise_key=noise_key)
-    directions = 1 if name == "dpzero" else _DIRECTIONS
-    return zeroth_order_run(plan, num_directions=directions, canary_norm=_CANARY_NORM, rng=rng, noise_key=noise_key)
-
-
-def _print_table(
-    config: Audit, plans: dict[MethodName, jaxdp.PrivacyPlan], reports: dict[MethodName, AuditReport]
-) -> None:
+def _print_table(config: Audit, plans: dict[MethodName, jaxdp.PrivacyPlan], results: dict[MethodName, _Result]) -> None:
     console = rich.console.Console(highlight=False)
     table = rich.table.Table(box=rich.box.SIMPLE, header_style=None)  # plain, to paste into a report
     table.add_column("")
-    for name in reports:
+    for name in results:
         table.add_column(name, justify="right")
-    columns = [_column(plans[name], report) for name, report in reports.items()]
+    columns = [_column(plans[name], result) for name, result in results.items()]
+    kinds = dict.fromkeys(score.name for result in results.values() for score in result.report.scores)
     for label in columns[0]:
-        table.add_row(label, *(column[label] for column in columns))
+        if label == _RIGHT:
+            for kind in kinds:
+                table.add_row(f"right by {kind}", *(_right(result.report, kind) for result in results.values()))
+        else:
+            table.add_row(label, *(column[label] for column in columns))
     relation = next(iter(plans.values())).neighboring_relation.name
     lines = [
         f"Every canary is in the run with probability 1/2; delta {config.delta:g}, neighboring relation {relation}",
         *([f"fault put in on purpose: {config.fault}"] if config.fault != "none" else []),
         table,
-        "Each lower bound holds with confidence 95%: the first, from the plan's whole trade-off curve, decides; the second needs "
-        "the pair (epsilon, delta) alone. The estimate takes the scores for normal and bounds nothing.",
+        "Each lower bound holds with confidence 95%, over all scores of a run together: the first, from the plan's whole trade-off "
+        "curve, decides; the second needs the pair (epsilon, delta) alone. Both are those of the scores that show most. The "
+        "estimate takes these scores for normal and bounds nothing.",
     ]
     for line in lines:
         console.print(line, soft_wrap=isinstance(line, str), markup=False)
 
 
-def _column(plan: jaxdp.PrivacyPlan, report: AuditReport) -> dict[str, str]:
+def _column(plan: jaxdp.PrivacyPlan, result: _Result) -> dict[str, str]:
+    report = result.report
     return {
         "canaries": f"{plan.num_examples}",
         "steps": f"{plan.num_steps}",
         "sampling probability": f"{plan.sampling_prob:.6g}",
         "noise multiplier": f"{plan.noise_multiplier:.5g}",
-        "guessed right": f"{report.guesses.num_correct} of {report.guesses.num_guesses}",
+        _RIGHT: "",
         "claimed epsilon": format_epsilon(report.claimed_epsilon),
         "lower bound": _rounded_down(report.epsilon_lower_bound),
         "lower bound by the pair": _rounded_down(report.pair_lower_bound),
         "estimate, no bound": "above 100" if report.epsilon_estimate > 100 else f"{report.epsilon_estimate:.2f}",
-        "verdict": "pass" if report.passed else "fail",
+        "scores": "pass" if report.passed else "fail",
+        "direct checks": "pass" if all(check.passed for check in result.checks) else "fail",
+        "verdict": "pass" if result.passed else "fail",
     }
+
+
+def _print_checks(plans: dict[MethodName, jaxdp.PrivacyPlan], results: dict[MethodName, _Result]) -> None:
+    print(
+        "\nDirect checks: measurements, not guesses. Noise of the claim fails one of them with probability below 1e-5."
+    )
+    for name, result in results.items():
+        for check in result.checks:
+            worst = check.worst
+            verdict = "pass" if check.passed else f"fail in {len(check.failed)}"
+            print(
+                f"  {name}, {check.law}: {verdict} of {len(check.cases)}; at worst {worst.measured:.5g} {check.unit}, allowed "
+                f"{worst.allowed:.5g} ({worst.name})"
+            )
+    covered: dict[str, dict[str, None]] = {}
+    for result in results.values():
+        for check in result.checks:
+            for kind, members in check.covered.items():
+                covered.setdefault(kind, {}).update(dict.fromkeys(members))
+    for kind, members in covered.items():
+        print(f"  {kind}: {', '.join(members)}")
+    print("\nSmallest faults that this audit would have seen:")
+    for name, result in results.items():
+        fraction, noise = result.refuted_noise, plans[name].noise_multiplier
+        seen = (
+            f"with probability 0.9 by simulation, a noise multiplier below {_rounded_down(fraction)} of the claimed {noise:.5g}; "
+            "or noise that is the same in all steps, in every other step, or in pairs of steps"
+        )
+        print(f"  {name}, scores: {seen if fraction > 0 else 'not even a run without noise; use more canaries'}")
+        for check in result.checks:
+            print(f"  {name}, {check.law}: {check.power}")
+    print()
+
+
+def _right(report: AuditReport, kind: str) -> str:
+    found = [score.guesses for score in report.scores if score.name == kind]
+    return f"{found[0].num_correct} of {found[0].num_guesses}" if found else ""
 
 
 def _rounded_down(epsilon: float) -> str:
