@@ -14,7 +14,7 @@ import dataclasses
 import datetime
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +86,11 @@ def _sums(seed: int, drawn: Program) -> Iterator[tuple[str, float, Any]]:
     yield "dp_aggregate", 1.0, jax.jit(aggregated)
 
 
-def attack(config: Config) -> dict[str, Any]:
-    """Runs the random programs."""
-    violations, pairs, quiet, largest = [], 0, 0, 0.0
+def attack(config: Config, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Runs the random programs; `save` is given the result so far every 20 of them."""
+    violations: list[Any] = []
+    pairs, quiet, largest = 0, 0, 0.0
+    result: dict[str, Any] = {}
     for seed in range(config.first, config.first + config.programs):
         drawn = draw(seed, dtype=_DTYPES[seed % len(_DTYPES)], remat=seed % 7 == 0)
         for name, sensitivity, compiled in _sums(seed, drawn):
@@ -97,9 +99,17 @@ def attack(config: Config) -> dict[str, Any]:
             if not moved <= 1 + _ROUNDING * len(drawn.batch["x"]):
                 violations.append({"program": drawn.name, "by": name, "moved": moved})
                 print(violations[-1], flush=True)
-        if (seed + 1) % 50 == 0:
+        result = {
+            "programs": seed + 1 - config.first,
+            "pairs": pairs,
+            "of_which_move_nothing": quiet,
+            "largest_movement": largest,
+            "violations": violations,
+        }
+        if (seed + 1) % 20 == 0:
+            save(result)
             print(f"{pairs} pairs, {len(violations)} violations, largest movement {largest:.9f}", flush=True)
-    return {"pairs": pairs, "of_which_move_nothing": quiet, "largest_movement": largest, "violations": violations}
+    return result
 
 
 def read_zoo(config: Config) -> dict[str, Any]:
@@ -130,7 +140,7 @@ def main() -> None:
     }
 
     def measure(save: Any) -> dict[str, Any]:
-        result = {"attack": attack(config)}
+        result = {"attack": attack(config, lambda found: save({"attack": found}))}
         save(result)
         result["zoo"] = read_zoo(config)
         save(result)

@@ -76,14 +76,23 @@ def _jvp(primals: Any, tangents: Any) -> Any:
     return _materialize_all(*primals), tangents[0]
 
 
-def _behind_a_loop(arrays: list[jax.Array]) -> list[jax.Array]:
-    rounds = jnp.where(jnp.isnan(arrays[0].ravel()[0]), 2, 0).astype(jnp.int32)
+def _behind_a_loop(given: list[jax.Array]) -> list[jax.Array]:
+    arrays = [
+        array.squeeze() for array in given
+    ]  # over an axis of size 1 XLA may lay the two sides out differently, and copy
+
+    def goes_on(carry: tuple[jax.Array, list[jax.Array]]) -> jax.Array:
+        done, arrays = carry
+        # Read from the loop's own state: another reader of the value before it would cost a copy of the whole.
+        first = lax.slice(arrays[0], (0,) * arrays[0].ndim, (1,) * arrays[0].ndim).reshape(())
+        return jnp.isnan(first) & (done < 2)
 
     def negated(carry: tuple[jax.Array, list[jax.Array]]) -> tuple[jax.Array, list[jax.Array]]:
         done, arrays = carry
         return done + 1, [-array for array in arrays]
 
-    return lax.while_loop(lambda carry: carry[0] < rounds, negated, (jnp.int32(0), arrays))[1]
+    arrays = lax.while_loop(goes_on, negated, (jnp.int32(0), arrays))[1]
+    return [array.reshape(like.shape) for array, like in zip(arrays, given, strict=True)]
 
 
 def zero_rows(x: jax.Array, keep: jax.Array) -> jax.Array:
