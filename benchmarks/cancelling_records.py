@@ -120,9 +120,9 @@ def read_zoo(config: Config) -> dict[str, Any]:
         with strictness(case):
             for method in ("vmap", *METHODS):
                 policy = jaxdp.per_layer(1.0) if method == "per_layer" else jaxdp.flat(1.0)
-                text = jax.jit(transformed(case, policy, method)).lower(case.params, case.batch).compile().as_text()
+                compiled = jax.jit(transformed(case, policy, method)).lower(case.params, case.batch).compile()
                 counts[method] += 1
-                if wrong := faults(text):
+                if wrong := faults(compiled.as_text() or ""):
                     found.append({"case": name, "method": method, "faults": wrong[:3]})
                     print(found[-1], flush=True)
     return {"programs": dict(counts), "faulty": found}
