@@ -1,12 +1,16 @@
-"""Clipped sums by kernels compile for an H200, through scan, checkpoint and a second backward pass."""
+"""Clipped sums compiled for an H200: by kernels, through scan, checkpoint and a second backward pass; and of one buffer."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 import jaxdp
+from jaxdp import _materialize
 from jaxdp.gradients import plan
 from tests.aot import h200
+from tests.compiled_program import faults
+from tests.gradients.test_zoo import METHODS, strictness, transformed
+from tests.gradients.zoo import CASES
 
 BATCH, LENGTH, WIDTH, LAYERS = 4, 128, 256, 2
 
@@ -37,3 +41,33 @@ def test_a_clipped_sum_by_kernels_compiles(loss, method, route, norm_tile, monke
     names = {kernel.name.partition("_mosaic")[0] for kernel in compiled.kernels}
     assert names == {"clip_noise_tile", norm_tile}
     assert all(kernel.spill_store_bytes == 0 for kernel in compiled.kernels)
+
+
+def structure(name, method):
+    case = CASES[name]
+    policy = jaxdp.per_layer(1.0) if method == "per_layer" else jaxdp.flat(1.0)
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (case.params, case.batch))
+    with strictness(case):
+        compiled = h200.compile_for_h200(lambda *args: transformed(case, policy, method)(*args), *arguments)
+    return faults(compiled.text())
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *(("mlp_of_one_token", method) for method in ("vmap", *METHODS)),
+        ("scan_over_layers_of_checkpoints", "two_pass"),
+        ("embedding_used_twice", "book_keeping"),
+        ("embedding_tied_to_the_head", "two_pass"),
+    ],
+)
+def test_every_sum_reads_the_buffers_that_a_norm_was_taken_of(name, method):
+    """S4e on a GPU, where an optimization barrier is the wall."""
+    assert structure(name, method) == []
+
+
+@pytest.mark.usefixtures("compiler")
+def test_without_a_wall_gradients_are_computed_in_several_kernels(monkeypatch):
+    monkeypatch.setattr(_materialize, "_materialize_all", lambda arrays: list(arrays))
+    assert structure("mlp_of_one_token", "vmap") != []
