@@ -55,6 +55,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax._src import core
 from jax.core import Tracer
 from jax.extend.random import threefry_2x32
 
@@ -135,7 +136,8 @@ def refuse_tracers(name: str, *trees: Any) -> None:
     Raises:
         TypeError: an argument is traced, or the call itself is.
     """
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((trees, jnp.zeros(())))):
+    # The state of tracing is private to JAX, and shows what no argument does: a `vmap` that maps other arguments.
+    if not core.trace_state_clean() or any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees)):
         raise TypeError(
             f"{name} was called inside a JAX transformation (jit, vmap, scan or eval_shape), where its noise key would be one "
             "constant, and every call or mapped run would get the same noise. Call it outside; then replicate or shard the state "

@@ -90,9 +90,9 @@ def make_dp_step(
     post-processing (S14). A step past `num_steps` is refused before it runs.
 
     **Noise** is a function of the key, the step, and the bits of the trainable parameters, the clip norms, the batch and, where
-    `plan.sampling_prob < 1`, its mask: a step repeated from one state with one batch repeats its release, whatever the method
-    and the microbatch, and with another batch or at other parameters it draws noise of its own (S8, `jaxdp.noise_keys`). So two
-    runs of one key whose parameters differ by rounding only, such as those of two methods, part ways after a step. The digest
+    `plan.sampling_prob < 1`, its mask; and of `method`, `microbatch_size`, `implementation`, the version of JAX, and the kind
+    and number of devices, since a record whose gradient cancels has another sum in another program. A step repeated from one state
+    with one batch in one program repeats its release, and any other draws noise of its own (S8, `jaxdp.noise_keys`). The digest
     does not see another `loss_fn`, `frozen` arrays that differ, nor, at `sampling_prob = 1`, a mask that differs: there nothing
     is drawn, and it marks the padding of a data set, a public constant. Change them in a run with a fresh key only, and never
     give one explicit `noise_key` to two runs: over the same data at the same parameters they would share noise. By default
@@ -104,9 +104,10 @@ def make_dp_step(
         tx: Any optax optimizer. It must not contain a privacy transformation of its own.
         plan: The privacy numbers, from `jaxdp.plan`, with Gaussian noise.
         has_aux: As in `jax.grad`.
-        microbatch_size: Rows differentiated at once; bounds memory and changes nothing else.
-        method: How the clipped sum is computed, as in `clipped_grad`; changes nothing else.
-        implementation: What takes its norms and sums, XLA or a kernel, as in `clipped_grad`; changes nothing else.
+        microbatch_size: Rows differentiated at once; bounds memory.
+        method: How the clipped sum is computed, as in `clipped_grad`.
+        implementation: What takes its norms and sums, XLA or a kernel, as in `clipped_grad`. None of the three changes the law of
+            the released parameters; each draws noise of its own.
 
     Returns:
         `init(params, *, noise_key=None) -> TrainingState` copies `params` and, by default, draws the noise key from the
@@ -138,6 +139,8 @@ def make_dp_step(
     if not isinstance(tx, optax.GradientTransformation):
         raise TypeError(f"tx must be an optax.GradientTransformation, such as optax.adam(1e-3); got {tx!r}.")
 
+    program = (method, microbatch_size, implementation, jax.__version__, jax.default_backend(), jax.device_count())
+
     def init(params: Params, *, noise_key: Key | None = None) -> TrainingState:
         noise_keys.refuse_tracers("init", params, noise_key)
         _replicas.check_noise_key(noise_key, plan=plan)
@@ -159,11 +162,11 @@ def make_dp_step(
     ) -> tuple[tuple[Params, Any, jax.Array, Key], StepInfo]:
         fun = loss_fn if frozen is None else lambda params, example: loss_fn(params, example, frozen)
         clipped, not_private = grad_fn(fun).clipped_sum(params, batch, is_padding_example=mask, clip_norms=clip_norms)
-        # Not the clipped sum: its last bits depend on the method. At other parameters the same batch has another sum. Where every
-        # example is in every batch the mask is no draw, and noise that does not follow it is how sensitivity is measured.
+        # At other parameters the same batch has another clipped sum. Where every example is in every batch the mask is no draw,
+        # and noise that does not follow it is how sensitivity is measured.
         bound_to = (params, batch) if plan.sampling_prob == 1 else (params, batch, mask)
         groups = plan.clipping.groups(params)
-        release = privatize(clipped, groups, plan, clip_norms, key=key, step=step, bound_to=bound_to)
+        release = privatize(clipped, groups, plan, clip_norms, key=key, step=step, bound_to=bound_to, facts=program)
         mean = jax.tree.map(lambda m, p: m.astype(p.dtype), release.mean, params)  # noise first, then cast (S21)
         updates, opt_state = tx.update(mean, opt_state, params)
         info = StepInfo(release.stddevs, release.clip_norms, not_private)

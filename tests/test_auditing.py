@@ -31,7 +31,7 @@ from jaxdp.auditing.dp_sgd import routes
 from jaxdp.auditing.one_run import curve_lower_bound, report as report_of_scores, significances
 from jaxdp.zeroth_order import Placement
 
-pytestmark = pytest.mark.unoptimized
+pytestmark = [pytest.mark.unoptimized, pytest.mark.once]  # statistics of runs
 CANARY_NORM = 10.0  # ten clip norms
 SIGNIFICANCE = 0.05
 

@@ -472,6 +472,15 @@ MUTATIONS = {
     "audit_that_promises_what_it_sees_half_the_time": Mutation(
         "jaxdp/auditing/power.py", "_SEEN = 95", "_SEEN = 50", "tests/auditing/test_power.py nine_times_in_ten"
     ),
+    "keys_of_device_generators_mapped": Mutation(
+        "jaxdp/gradients/jaxprs.py",
+        'if name == "rng_bit_generator" or any(_is_key_of_a_device_generator(var) for var in (*eqn.invars, *eqn.outvars)):',
+        "if False:",
+        f"{COUPLINGS} draws_what_it_draws_alone",
+    ),
+    "noise_does_not_follow_the_program": Mutation(
+        "jaxdp/training.py", "bound_to=bound_to, facts=program)", "bound_to=bound_to)", "tests/test_training.py another_program"
+    ),
 }  # fmt: skip
 
 

@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import jaxdp
 from jaxdp.auditing.canary_losses import LEAVES, Trial, cancelling, every_route
 from jaxdp.auditing.checks import Case, Check
 from jaxdp.auditing.ways import WAYS, MakeStep, Way, last_release, make_step, ways_of
 from jaxdp.clipping import ClippingPolicy, automatic, flat, per_layer, quantile
-from jaxdp.mechanism import PrivacyPlan
+from jaxdp.mechanism import PrivacyPlan, plan as make_plan
 from jaxdp.zeroth_order import BlockModel, BlockParams, Sgd, Steps, TwoSided, make_step as make_zeroth_order_step
 
 C = 1.0
@@ -166,7 +165,7 @@ _ZEROTH_ORDER_MODEL = BlockModel(
 
 def _silent(policy: ClippingPolicy, size: int) -> PrivacyPlan:
     """One step without noise on all records, so that all that moves is the sum."""
-    return jaxdp.plan(
+    return make_plan(
         num_examples=size, sampling_prob=1.0, num_steps=1, clipping=policy, noise_multiplier=0.0, padded_batch_size=size
     )
 

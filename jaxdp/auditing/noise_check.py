@@ -12,11 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import special, stats
 
-import jaxdp
 from jaxdp.auditing.checks import Case, Check
 from jaxdp.auditing.ways import MakeStep, Way, last_release, make_step
 from jaxdp.clipping import ClippingPolicy, Quantile, automatic, flat, per_layer, quantile
-from jaxdp.mechanism import PrivacyPlan
+from jaxdp.mechanism import PrivacyPlan, plan as make_plan
 from jaxdp.noise import allocate_stddevs
 from jaxdp.zeroth_order import BlockModel, BlockParams, Sgd, Steps, TwoSided, make_step as make_zeroth_order_step
 
@@ -72,7 +71,7 @@ def noise_check(noise_multiplier: float, *, make_step: MakeStep = make_step, rng
     """
     draws = []
     for name, policy, way, num_steps in _policies(noise_multiplier):
-        plan = jaxdp.plan(
+        plan = make_plan(
             num_examples=2 * _BATCH,
             sampling_prob=0.5,
             num_steps=num_steps,
@@ -98,7 +97,7 @@ def zeroth_order_noise_check(
         rng: Draws the keys.
     """
     K = _DIRECTIONS
-    plan = jaxdp.plan(
+    plan = make_plan(
         num_examples=2 * _BATCH,
         sampling_prob=0.5,
         num_steps=_STEPS,

@@ -204,6 +204,8 @@ def find_couplings(body: Body, *, derivative: Literal["reverse", "forward"] | No
             collectives.update(dict.fromkeys(_collectives(eqn, bound)))
             if eqn.primitive.name == "io_callback" and (eqn.outvars or eqn.params.get("ordered")):
                 stateful["io_callback"] = None
+            if eqn.primitive.name == "rng_uniform":  # the device's generator, which no key seeds
+                stateful["rng_uniform"] = None
             why = sees_a_batch(eqn)
             if why is not None:
                 names[why] = None
@@ -238,6 +240,9 @@ def sees_a_batch(eqn: Equation) -> str | None:
     if "vmap_method" in eqn.params:  # `pure_callback` and `ffi_call`
         vmap_method = eqn.params["vmap_method"]
         return None if vmap_method in _MAPPED_ONE_BY_ONE else f"{name}(vmap_method={vmap_method!r})"
+    # `jax.vmap` draws for a whole batch of such keys from the first of them.
+    if name == "rng_bit_generator" or any(_is_key_of_a_device_generator(var) for var in (*eqn.invars, *eqn.outvars)):
+        return f"{name} with a key of another generator than threefry"
     if name.startswith("ragged_dot"):  # has rules for some of its forms only, and others in its gradient
         return name
     if not eqn.invars or eqn.primitive in batching.fancy_primitive_batchers:  # all rules are in there
@@ -245,6 +250,11 @@ def sees_a_batch(eqn: Equation) -> str | None:
     # What the batching trace maps by itself, and primitives of JAX's newer kind, which have a method for it.
     is_known = name in _CUSTOM_DERIVATIVES or name in _INLINE
     return None if is_known or hasattr(eqn.params.get("_prim"), "batch") else name
+
+
+def _is_key_of_a_device_generator(atom: Any) -> bool:
+    dtype = getattr(atom.aval, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and str(dtype) != "key<fry>"
 
 
 def _axes_bound_by(eqn: Equation) -> frozenset[str]:

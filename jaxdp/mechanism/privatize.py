@@ -43,6 +43,7 @@ def privatize(
     key: Key,
     step: Any,
     bound_to: Any = None,
+    facts: Any = (),
 ) -> Release:
     """Noises a clipped sum once and divides it by the expected batch size.
 
@@ -65,7 +66,9 @@ def privatize(
         key: The run's secret noise key, typed.
         step: Index of the step, a nonnegative integer.
         bound_to: Pytree of arrays that decides `clipped`. None, the safe choice, is `clipped` itself, as it stands to the last bit.
-            Another choice must differ where the sum does, other than by rounding.
+            Another choice must differ where the sum does.
+        facts: Static values that decide it besides, such as how it is computed, with a `repr`: a record whose gradient cancels is
+            another one in another program.
 
     Raises:
         ValueError: the plan has Laplace noise, and the sum is not one number; or it is called on each device of a `jax.shard_map`
@@ -73,7 +76,7 @@ def privatize(
     """
     _validate.typed_key("key", key)
     _replicas.check_released_once("privatize", clipped)
-    draws = _bound_keys(key, step, (clip_norms, clipped if bound_to is None else bound_to), plan)
+    draws = _bound_keys(key, step, (clip_norms, clipped if bound_to is None else bound_to), plan, facts)
     if plan.noise == "laplace":
         _refuse_all_but_one_number(plan, groups)
         stddevs = laplace_stddevs(clip_norms, noise_multiplier=plan.noise_multiplier)
@@ -100,12 +103,12 @@ def privatize(
     return Release(mean, stddevs, clip_norms, next_clip_norms)
 
 
-def _bound_keys(key: Key, step: Any, bound_to: Any, plan: PrivacyPlan) -> dict[Stream, Key]:
+def _bound_keys(key: Key, step: Any, bound_to: Any, plan: PrivacyPlan, facts: Any) -> dict[Stream, Key]:
     """The keys of the two draws of a step."""
     streams = noise_keys.stream_keys(noise_keys.step_key(key, step))
     # Equal sums under two noise multipliers would give both away: S + s n and S + t n.
-    facts = repr((plan.noise, plan.noise_multiplier, plan.count_stddev, plan.clipping))
-    digest = noise_keys.digest(bound_to, streams=streams, facts=facts)
+    known = repr((plan.noise, plan.noise_multiplier, plan.count_stddev, plan.clipping, facts))
+    digest = noise_keys.digest(bound_to, streams=streams, facts=known)
     return {name: noise_keys.bound_key(streams[name], digest) for name in (Stream.GRADIENT, Stream.COUNT)}
 
 

@@ -11,6 +11,7 @@ from jaxdp.auditing import audit, dp_sgd_run, is_rejected, plan_curve, power
 from jaxdp.auditing.bounds import guess
 from jaxdp.auditing.curves import with_noise
 
+pytestmark = pytest.mark.once  # statistics of runs
 SHARE = 0.04
 
 

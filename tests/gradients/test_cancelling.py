@@ -165,6 +165,22 @@ def test_every_sum_reads_the_buffers_that_a_norm_was_taken_of(name):
             assert faults(compiled.as_text()) == [], method
 
 
+@pytest.mark.parametrize("method", ["vmap", "book_keeping"])
+def test_a_first_gradient_that_is_a_constant_leaves_the_wall_standing(method):
+    """Of an unused leaf: what the compiler knows must not decide how often the loop runs."""
+    case = program(scaled_bias, 4)
+
+    def loss(params, example):
+        return case.loss(params["used"], example) + params["a"]
+
+    params = {"a": jnp.zeros(()), "unused": jnp.zeros(3), "used": case.params}
+    for order in (params, {"0": jnp.zeros(3), **params}):
+        grad_fn = jaxdp.clipped_grad(loss, clipping=POLICIES["flat"], method=method)
+        text = jax.jit(lambda *args, f=grad_fn: f(*args)[0]).lower(order, case.batch).compile().as_text()
+        assert faults(text) == []
+        assert " while(" in text
+
+
 def test_a_gradient_computed_in_two_kernels_is_found():
     """What all of JAX does without a wall: the check of structure can fail."""
 

@@ -266,6 +266,40 @@ def test_a_collective_over_an_axis_of_the_example_is_none():
     np.testing.assert_allclose(flat(total), flat(expected), atol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["rbg", "unsafe_rbg"])
+@pytest.mark.parametrize("method", ["vmap", "book_keeping", "two_pass"])
+def test_a_key_of_an_example_draws_what_it_draws_alone(method, implementation):
+    """`jax.vmap` draws from the first such key for all: with another record 0 every record would have other draws."""
+
+    def loss(w, example):
+        kept = jax.random.bernoulli(jax.random.fold_in(example["key"], 3), 0.5, (D,))
+        return jnp.sum(jnp.where(kept, example["x"] @ w["w"], 0.0))
+
+    keys = jax.random.split(jax.random.key(5, impl=implementation), B)
+    grad_fn = jax.jit(lambda *args: clipped_grad(loss, clipping=POLICIES["vmap"], method=method)(*args)[0])
+    total = sum(np.asarray(grad_fn(PARAMS, {"x": X[i : i + 1], "key": keys[i : i + 1]})["w"]) for i in range(B))
+    np.testing.assert_allclose(grad_fn(PARAMS, {"x": X, "key": keys})["w"], total, rtol=1e-4, atol=1e-5)
+
+
+def test_bits_of_a_device_generator_are_those_of_an_example_alone():
+    def loss(w, example):
+        _, bits = lax.rng_bit_generator(example["words"], (D,))
+        return jnp.sum((example["x"] * (bits % 2).astype(jnp.float32)) @ w["w"])
+
+    batch = {"x": X, "words": RNG.integers(2**32, size=(B, 4), dtype=np.uint32)}
+    grad_fn = jax.jit(lambda *args: clipped_grad(loss, clipping=POLICIES["vmap"])(*args)[0])
+    total = sum(np.asarray(grad_fn(PARAMS, jax.tree.map(lambda x, i=i: x[i : i + 1], batch))["w"]) for i in range(B))
+    np.testing.assert_allclose(grad_fn(PARAMS, batch)["w"], total, rtol=1e-4, atol=1e-5)
+
+
+def test_the_generator_without_a_key_is_refused():
+    def loss(w, x):
+        return jnp.sum(x @ w["w"]) * lax.rng_uniform(0.0, 1.0, ())
+
+    with pytest.raises(ValueError, match="rng_uniform"):
+        clipped_grad(loss, clipping=POLICIES["vmap"])(PARAMS, X)
+
+
 def test_state_from_call_to_call_is_refused():
     seen = jax.new_ref(jnp.zeros(D))
 

@@ -23,7 +23,11 @@ ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SECONDS_PER_CELL = 600
 
-notebook_paths = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+# The audits are statistics of the package's runs: minutes, and the same under any JAX.
+notebook_paths = pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.once] * (path.stem == "04_auditing"), id=path.stem) for path in NOTEBOOKS],
+)
 
 
 def execute(path: Path) -> Any:
