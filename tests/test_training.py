@@ -397,6 +397,7 @@ def test_a_run_is_not_started_inside_a_transformation(key):
         jax.vmap(init),
         lambda w: jax.eval_shape(init, w),
         jax.jit(lambda w: init(np.zeros(3, "f4"))),
+        jax.vmap(lambda w: init(np.zeros(3, "f4"))),  # maps what init does not see
     ):
         with pytest.raises(
             TypeError, match=r"init was called inside a JAX transformation .* Call it outside; then replicate"
