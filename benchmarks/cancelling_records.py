@@ -122,7 +122,11 @@ def read_zoo(config: Config) -> dict[str, Any]:
                 policy = jaxdp.per_layer(1.0) if method == "per_layer" else jaxdp.flat(1.0)
                 compiled = jax.jit(transformed(case, policy, method)).lower(case.params, case.batch).compile()
                 counts[method] += 1
-                if wrong := faults(compiled.as_text() or ""):
+                try:
+                    wrong = faults(compiled.as_text() or "")
+                except ValueError as error:  # of a program in which nothing is found to check
+                    wrong = [str(error)]
+                if wrong:
                     found.append({"case": name, "method": method, "faults": wrong[:3]})
                     print(found[-1], flush=True)
     return {"programs": dict(counts), "faulty": found}

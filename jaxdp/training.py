@@ -91,12 +91,12 @@ def make_dp_step(
 
     **Noise** is a function of the key, the step, and the bits of the trainable parameters, the clip norms, the batch and, where
     `plan.sampling_prob < 1`, its mask; and of `method`, `microbatch_size`, `implementation`, the version of JAX and the kind of
-    device, since a record whose gradient cancels has another sum in another program. A step repeated from one state
-    with one batch in one program repeats its release, and any other draws noise of its own (S8, `jaxdp.noise_keys`). The digest
-    does not see another `loss_fn`, another number of devices, `frozen` arrays that differ, nor, at `sampling_prob = 1`, a mask that differs: there nothing
-    is drawn, and it marks the padding of a data set, a public constant. Change them in a run with a fresh key only, and never
-    give one explicit `noise_key` to two runs: over the same data at the same parameters they would share noise. By default
-    every `init` draws a key.
+    device, since a record whose gradient cancels has another sum in another program. A step repeated from one state with one batch
+    in one program repeats its release, and any other draws noise of its own (S8, `jaxdp.noise_keys`). The digest does not see
+    another `loss_fn`, another number of devices, `frozen` arrays that differ, nor, at `sampling_prob = 1`, a mask that differs:
+    there nothing is drawn, and it marks the padding of a data set, a public constant. Change them in a run with a fresh key
+    only, and never give one explicit `noise_key` to two runs: over the same data at the same parameters they would share noise.
+    By default every `init` draws a key.
 
     Args:
         loss_fn: `loss_fn(params, example) -> scalar`, or `-> (scalar, aux)` with `has_aux=True`; one example, no batch axis.
