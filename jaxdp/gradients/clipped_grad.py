@@ -202,7 +202,8 @@ def clipped_grad(
             every example. The others read off `fun` where each parameter enters a matrix product, an embedding or a
             convolution, and take norm and clipped sum from its inputs and output cotangents; other leaves (biases, norm
             scales, and whatever is not recognized) are copied for each example. `"book_keeping"`: one backward pass, the
-            factors of all leaves kept. `"two_pass"`: a second backward pass, nothing kept. `"per_layer"`: one backward
+            factors of all leaves kept. `"two_pass"`: a second backward pass, which clips once more; the factors of weights
+            that are used more than once are kept, as a tied embedding's, and no others. `"per_layer"`: one backward
             pass that finishes each clipping group on the spot; for `per_layer` clipping. `"auto"` chooses by policy and
             function. `"ghost"` is `"auto"` that refuses to copy a matrix. See `explain`.
         implementation: What takes norms and sums of dense layers from factors; `explain` names it leaf by leaf. None is the

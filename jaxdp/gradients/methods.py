@@ -247,7 +247,7 @@ def _vmap(function: Callable[[Any], Any], batch: Any) -> Any:
 
 
 def by_two_passes(problem: Problem) -> Clipped:
-    """Norms in a first backward pass, weighted sums in a second: nothing of the size of the factors is kept.
+    """Norms in a first backward pass, weighted sums in a second: of the factors only those of joint norms are kept.
 
     The second pass differentiates the same loss again, not one scaled by the factors, which would round differently. Even so the
     compiler may round the two passes differently, and a gradient that cancels in one need not cancel in the other (S4e): so
@@ -436,7 +436,7 @@ def choose_method(method: Method, policy: ClippingPolicy, plan: Plan) -> Method:
     """The method that runs, for the one that was asked for.
 
     Per-layer clipping finishes inside the backward pass. Otherwise one backward pass that keeps the factors is the fastest;
-    two passes, which keep nothing, are chosen where the function rematerializes, since its author trades time for memory.
+    two passes, which keep the factors of joint norms alone, are chosen where the function rematerializes, since its author trades time for memory.
 
     Raises:
         ValueError: the method is `"ghost"` and a matrix would be copied for each example.
