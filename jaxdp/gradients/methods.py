@@ -436,7 +436,8 @@ def choose_method(method: Method, policy: ClippingPolicy, plan: Plan) -> Method:
     """The method that runs, for the one that was asked for.
 
     Per-layer clipping finishes inside the backward pass. Otherwise one backward pass that keeps the factors is the fastest;
-    two passes, which keep the factors of joint norms alone, are chosen where the function rematerializes, since its author trades time for memory.
+    two passes, which keep the factors of joint norms alone, are chosen where the function rematerializes, since its author
+    trades time for memory.
 
     Raises:
         ValueError: the method is `"ghost"` and a matrix would be copied for each example.
