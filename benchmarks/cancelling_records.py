@@ -90,7 +90,7 @@ def attack(config: Config, save: Callable[[dict[str, Any]], None]) -> dict[str, 
     """Runs the random programs; `save` is given the result so far every 20 of them."""
     violations: list[Any] = []
     pairs, quiet, largest = 0, 0, 0.0
-    result: dict[str, Any] = {}
+    result: dict[str, Any] = {"programs": 0, "pairs": 0, "violations": violations}
     for seed in range(config.first, config.first + config.programs):
         drawn = draw(seed, dtype=_DTYPES[seed % len(_DTYPES)], remat=seed % 7 == 0)
         for name, sensitivity, compiled in _sums(seed, drawn):

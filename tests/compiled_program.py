@@ -77,11 +77,16 @@ class Program:
         self._name_the_nameless()
 
     def _name_the_nameless(self) -> None:
-        """XLA drops the scope of a product that it makes canonical: it is that of what alone reads it, in a kernel or out."""
+        """XLA drops the scope of a product that it makes canonical, or the end of it: it is that of what alone reads the product.
+
+        A product of the user that only a sum reads is then taken for one of the sum; its operands are no buffers that a norm
+        read, and so the fault is still found.
+        """
         readers: dict[tuple[str, str], list[str]] = {}
         for (computation, name), one in reversed(self.instructions.items()):
             scopes = readers.get((computation, name), [])
-            if not one.scope and len(scopes) == 1:
+            is_nameless = not one.scope or (one.opcode == "dot" and not one.is_in("jaxdp_"))
+            if is_nameless and len(scopes) == 1:
                 one = self.instructions[computation, name] = dataclasses.replace(one, scope=scopes[0])
             for position, operand in enumerate(one.operands):
                 scopes = [one.scope]
@@ -173,6 +178,11 @@ def _split_shape(rest: str) -> tuple[str, str]:
         shape, _, rest = rest.partition(" ")
         return shape, rest
     return _split_at_end(rest, 1)
+
+
+def _element_shape(shape: str, path: tuple[int, ...]) -> str:
+    """That of an element of a flat tuple."""
+    return re.findall(r"\w+\[[^\]]*\]", shape)[path[0]] if len(path) == 1 else shape
 
 
 def _split_arguments(rest: str) -> tuple[str, str]:
@@ -307,5 +317,7 @@ def faults(text: str) -> list[str]:
         read[NORM] |= decides.operands(one, one.computation if program.is_fused(one) else None)
     for computation, name, path in read[SUM] - read[NORM]:
         one = program.instructions[computation, name]
+        if _element_shape(one.shape, path).startswith(_INTEGERS):
+            continue  # of one value everywhere
         found.add(f"a sum reads {one.opcode} {one.scope or name!r} {one.shape}{list(path) or ''}, and no norm does")
     return sorted(found)

@@ -23,15 +23,16 @@ POLICIES: dict[str, ClippingPolicy] = {
     "automatic": automatic(C),
     "quantile": quantile(C, count_stddev=1.0),
 }
-# A policy's factors are the same code in every way: automatic and quantile clipping are tried by two ways each.
+# Each pair is a program of seconds to compile, and a policy's factors are the same code in every way. So flat clipping is tried by
+# every way, and every other policy by those that share least with them.
 _WAYS: dict[str, tuple[Way, ...]] = {
     "flat": ways_of(POLICIES["flat"]),
-    "per-layer": ways_of(POLICIES["per-layer"]),
-    "automatic": ("vmap", "book_keeping"),
-    "quantile": ("two_pass", "dp_aggregate"),
+    "per-layer": ("two_pass", "per_layer"),
+    "automatic": ("vmap",),
+    "quantile": ("dp_aggregate",),
 }
-# Batch sizes and microbatches. Compilers were seen to round differently in the second and in the third.
-BATCHES: tuple[tuple[int, int | None], ...] = ((1, None), (4, 2), (64, None))
+# Batch sizes and microbatches in which compilers were seen to round differently; not so alone.
+BATCHES: tuple[tuple[int, int | None], ...] = ((4, 2), (64, None))
 
 
 def ordinary_check(

@@ -24,6 +24,7 @@ Fault: TypeAlias = Literal[
     "none",
     "no-noise",
     "half-noise",
+    "quarter-noise",
     "no-sampling",
     "no-clip",
     "noise-reused",
@@ -45,15 +46,16 @@ def broken(plan: PrivacyPlan, fault: Fault, *, canary_norm: float) -> PrivacyPla
 
     Args:
         plan: The claim.
-        fault: "no-noise"; "half-noise", half the standard deviation; "no-sampling", every example in every step; "no-clip", no
-            clipping below `canary_norm` and the noise as it was; or "none". The other faults break a step under a plan that is
-            intact: `broken_step`.
+        fault: "no-noise"; "half-noise" and "quarter-noise", that part of the standard deviation; "no-sampling", every example in
+            every step; "no-clip", no clipping below `canary_norm` and the noise as it was; or "none". The other faults break a
+            step under a plan that is intact: `broken_step`.
         canary_norm: Of the canaries.
     """
     if fault == "no-noise":
         return dataclasses.replace(plan, noise_multiplier=0.0)
-    if fault == "half-noise":
-        return dataclasses.replace(plan, noise_multiplier=plan.noise_multiplier / 2)
+    if fault in ("half-noise", "quarter-noise"):
+        divisor = 2 if fault == "half-noise" else 4
+        return dataclasses.replace(plan, noise_multiplier=plan.noise_multiplier / divisor)
     if fault == "no-sampling":
         if plan.sampling_prob == 1:
             raise ValueError("fault 'no-sampling' changes nothing: the plan's sampling_prob is 1 already; lower it.")

@@ -34,8 +34,7 @@ def _policies(noise_multiplier: float) -> list[tuple[str, ClippingPolicy, Way, i
 
     few, many = _STEPS, 4 * _STEPS
     return [
-        ("flat", flat(1.0), "book_keeping", few),
-        ("flat", flat(0.5), "dp_aggregate", few),
+        ("flat", flat(0.5), "book_keeping", few),
         ("per-layer, global", layers("global"), "per_layer", few),
         ("per-layer, equal budget", layers("equal_budget"), "dp_aggregate", few),
         ("per-layer, least energy", layers("least_energy"), "per_layer", few),

@@ -43,7 +43,7 @@ def test_the_canaries_take_every_route():
 @pytest.mark.unoptimized
 def test_every_canary_that_is_clipped_moves_the_sum_by_the_clip_norm():
     """And so a clip that is off would show: no canary is lost on the way, and those that must not count move nothing."""
-    check = ordinary("none", "book_keeping")
+    check = ordinary("none", "vmap", "two_pass")
     assert check.passed
     assert {case.name.split(", ")[3] for case in check.cases} == {"flat", "per-layer", "automatic"}
     for case in check.cases:
@@ -72,7 +72,7 @@ def test_a_clip_that_is_off_in_one_method_is_seen_in_that_method():
 @pytest.mark.unoptimized
 def test_a_sum_of_another_tensor_than_the_norms_is_seen_by_cancelling_canaries_alone():
     make = broken_step("two-tensors", canary_norm=NORM)
-    check = cancelling_check(make_step=make, rng=rng(), ways=("vmap",), batches=((4, None),))
+    check = cancelling_check(make_step=make, rng=rng(), ways=("vmap",), batches=((64, None),))
     assert failed(check, "input of a dense layer")
     assert failed(check, "in bfloat16")
     assert check.worst.measured > 1e6
@@ -110,13 +110,13 @@ def test_noise_is_of_the_claimed_size_and_no_two_draws_are_alike():
     assert [case.name for case in sizes.cases if "count" in case.name] == [
         case.name for case in sizes.cases if case.name.startswith("noise of quantile, vmap, count")
     ]
-    assert len(correlations.cases) == 8  # 7 mechanisms, and the series of the counts of one
+    assert len(correlations.cases) == 7  # 6 mechanisms, and the series of the counts of one
 
 
 @pytest.mark.unoptimized
 def test_half_the_noise_is_of_another_size():
     sizes, correlations = noise("half-noise")
-    assert len(sizes.failed) >= 13  # the count has noise of its own
+    assert len(sizes.failed) >= 12  # the count has noise of its own
     assert correlations.passed
 
 
@@ -124,7 +124,7 @@ def test_half_the_noise_is_of_another_size():
 @pytest.mark.parametrize("fault", ["noise-reused", "noise-reused-every-other-step"])
 def test_noise_that_is_reused_is_one_draw_twice(fault):
     _, correlations = noise(fault)
-    assert len(correlations.failed) >= 7
+    assert len(correlations.failed) >= 6
     _, correlations = zeroth_order_noise_check(
         3.0, make_step=broken_zeroth_order_step(fault, canary_norm=NORM), rng=rng()
     )

@@ -71,7 +71,7 @@ def test_an_intact_package_passes(capsys: pytest.CaptureFixture[str]):
     assert "policies: flat, per-layer, automatic, quantile" in out
 
 
-@pytest.mark.parametrize("fault", ["no-noise", "half-noise", "no-clip", "noise-reused"])
+@pytest.mark.parametrize("fault", ["no-noise", "quarter-noise", "no-clip", "noise-reused"])
 def test_a_fault_fails_with_exit_status_1(capsys: pytest.CaptureFixture[str], fault: str):
     with pytest.raises(SystemExit) as exit_of:
         cli.main(["audit", *SMALL.split(), "--fault", fault])
